@@ -1,0 +1,1 @@
+"""Checkpoint dialects, one file each."""

@@ -1,0 +1,1 @@
+"""Kernels, one file per op. This package imports nothing."""
