@@ -11,11 +11,16 @@ recipe may set (`{format: int4, group: 128}`); the two fields below are set by c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mojax.errors import InputError, nearest
+from mojax.formats.numerics import pack, unpack
 
 Arithmetic = Literal["checkpoint", "float32"]
 Array = jax.Array | np.ndarray
@@ -51,7 +56,11 @@ jax.tree_util.register_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A number format. Subclasses set the class attributes and the methods below `check`."""
+    """A number format.
+
+    Subclasses set the class attributes, `check`, `outer` where there is one, and the arithmetic: `fit` finds
+    scales, `round` finds codes under scales, `value` gives their meaning. The rest follows from these.
+    """
 
     arithmetic: Arithmetic = dataclasses.field(default="float32", kw_only=True)
     as_read: bool = dataclasses.field(default=False, kw_only=True)
@@ -95,21 +104,84 @@ class Format:
         """
         raise TypeError(f"{self.name} has no outer scale")
 
-    def encode(self, w: Array, outer: Array | None = None) -> QTensor:
-        """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own."""
+    def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
+        """The scales of `w [..., in]`, by level as in `QTensor.scales`, in the dtypes they rest in."""
         raise TypeError(f"{self.name} cannot encode")
+
+    def round(self, w: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
+        """The nearest codes of `w` under `scales`, one entry per element (4-bit: uint8, not yet packed)."""
+        raise TypeError(f"{self.name} cannot encode")
+
+    def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
+        """float32 of unpacked `codes` under `scales`, exactly what a server computes."""
+        raise TypeError(f"{self.name} cannot decode")
+
+    def encode(self, w: Array, outer: Array | None = None) -> QTensor:
+        """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own.
+
+        The same bytes inside and outside `jax.jit`. `encode(w)` is `encode_as(w, fit(w))`.
+        """
+        return _encode(self, w, outer)
+
+    def encode_as(self, w: Array, scales: dict[str, Any]) -> QTensor:
+        """Round `w [..., in]` to nearest under given `scales` (of `fit`, or found by a search)."""
+        return _encode_as(self, w, scales)
 
     def decode(self, q: QTensor) -> Array:
         """float32 of the logical shape, exactly what a server computes from the codes and scales."""
-        raise TypeError(f"{self.name} cannot decode")
+        return _decode(q)
 
     def fake(self, x: Array, outer: Array | None = None) -> Array:
         """Encode and decode inputs `x [..., in]`, in the dtype of `x`, as a server does at run time."""
-        return jnp.asarray(self.decode(self.encode(x, outer))).astype(x.dtype)
+        return _fake(self, x, outer)
 
     def spec(self, shape: tuple[int, ...], dtype: np.dtype) -> QTensor:
         """The QTensor of ShapeDtypeStructs that `encode` gives for a weight of this shape."""
         return jax.eval_shape(self.encode, jax.ShapeDtypeStruct(shape, dtype))
+
+    def working(self, dtype: np.dtype) -> np.dtype:
+        """The dtype that intermediates are rounded to, for a tensor of `dtype`."""
+        return {"checkpoint": np.dtype(dtype), "float32": np.dtype(np.float32)}[self.arithmetic]
+
+    def empty(self, dtype: np.dtype) -> float:
+        """The scale of a block, channel or tensor of zeros, where the scale is linear in the maximum."""
+        return {"checkpoint": float(jnp.finfo(dtype).eps), "float32": 1.0}[self.arithmetic]
+
+    def own_outer(self, top: jax.Array, dtype: np.dtype, outer: Array | None) -> jax.Array:
+        """`outer`, or when there is none the one for the largest magnitude `top` of the tensor at hand."""
+        if outer is not None:
+            return jnp.asarray(outer, jnp.float32).reshape(())
+        return jnp.asarray(dataclasses.replace(self, as_read=False).outer(top, dtype))
+
+
+def one_of(option: str, found: Any, known: Iterable[str]) -> None:
+    """Raises InputError when `found` is not one of the values an option may take."""
+    if found not in known:
+        raise InputError(f"{option}: {found!r} is not possible{nearest(str(found), known)}")
+
+
+# Jitted so that eager calls run fused; inlined so that a caller's program stays flat.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _encode(format: Format, w: jax.Array, outer: jax.Array | None) -> QTensor:
+    return _encode_as(format, w, format.fit(w, outer))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _encode_as(format: Format, w: jax.Array, scales: dict[str, jax.Array]) -> QTensor:
+    codes = format.round(w, scales)
+    packed = pack(codes) if format.bits == 4 else codes
+    return QTensor(packed, dict(scales), format, tuple(w.shape), np.dtype(w.dtype))
+
+
+@partial(jax.jit, inline=True)
+def _decode(q: QTensor) -> jax.Array:
+    return q.format.value(unpack(q.codes) if q.format.bits == 4 else q.codes, q.scales)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _fake(format: Format, x: jax.Array, outer: jax.Array | None) -> jax.Array:
+    scales = format.fit(x, outer)
+    return format.value(format.round(x, scales), scales).astype(x.dtype)
 
 
 class Scheme(NamedTuple):

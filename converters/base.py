@@ -1,0 +1,223 @@
+"""What the dialects share: which one a folder speaks, and small checks on tensors and scales.
+
+A dialect is a file here that says how one family of servers names and stores encoded tensors:
+
+  DIALECT, ARITHMETIC, WRITES, METHODS    its name, whose rounding, whether we write it, its `quant_method`s
+  SUFFIXES                                endings of tensors that exist only beside an encoded module
+  parse, read, read_cache                 config.json and tensors -> schemes, QTensors, calibrated maxima
+  check, config, layout, write, write_cache     the way back
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mojax import find
+from mojax.errors import InputError, nearest
+from mojax.formats.base import Arithmetic, Format, Scheme
+
+Get = Callable[[str], np.ndarray]
+
+TARGETS = ("vllm", "sglang", "trtllm", "transformers")
+
+
+class Parsed(NamedTuple):
+    """What a quantization config says about the modules of a file.
+
+    Attributes:
+      schemes: of every encoded module.
+      cache: the format of the KV cache, or None.
+      ignore: full names of Linear modules that are as they were (also ones without a tensor of their own).
+    """
+
+    schemes: dict[str, Scheme]
+    cache: Format | None
+    ignore: tuple[str, ...]
+
+
+def section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization section of a config.json; empty when there is none."""
+    return config.get("quantization_config") or config.get("compression_config") or {}
+
+
+def dialect(config: Mapping[str, Any], files: Collection[str]) -> ModuleType | None:
+    """The converter for a folder, or None when it is not quantized.
+
+    Args:
+      config: config.json.
+      files: names of the folder's files; `hf_quant_config.json` alone makes it ModelOpt's.
+    Raises:
+      InputError: quantized by a method that no converter reads.
+    """
+    found = section(config)
+    method = found.get("quant_method")
+    if method is None:
+        if "hf_quant_config.json" in files:
+            method = "modelopt"
+        elif "config_groups" in found:
+            method = "compressed-tensors"
+        elif not found:
+            return None
+    methods = {}
+    for name in find.names("converters"):
+        module = find.find("converters", name)
+        methods |= dict.fromkeys(module.METHODS, module)
+    if method not in methods:
+        raise InputError(
+            f"config.json: the source is quantized with quant_method {method!r}, which mojax does not read"
+            f"{nearest(str(method), methods)}; start from the unquantized checkpoint"
+        )
+    return methods[method]
+
+
+def plain(format: Format | None) -> Format | None:
+    """The format without what converters set, to compare what it is."""
+    return format and dataclasses.replace(format, arithmetic="float32", as_read=False)
+
+
+def as_read(format: Format | None, arithmetic: Arithmetic) -> Format | None:
+    """The format as a reader of a dialect returns it."""
+    return format and dataclasses.replace(format, arithmetic=arithmetic, as_read=True)
+
+
+def kind(format: Format | None) -> str:
+    """`fp8 channel`, `int4 asymmetric`, `nvfp4`, `none`: what servers tell apart."""
+    if format is None:
+        return "none"
+    if getattr(format, "symmetric", True) is False:
+        return f"{format.name} asymmetric"
+    return " ".join(str(p) for p in (format.name, getattr(format, "per", None)) if p)
+
+
+def label(scheme: Scheme) -> str:
+    """`fp8 channel weights with fp8 token inputs`: a scheme in a message."""
+    inputs = f" with {kind(scheme.inputs)} inputs" if scheme.inputs else " with inputs as they are"
+    return f"{kind(scheme.weights)} weights{inputs}"
+
+
+def refusal(
+    dialect: str,
+    scheme: Scheme,
+    target: str,
+    loads: Mapping[tuple[str, str], Collection[str]],
+    reasons: Mapping[tuple[str, str, str], str],
+) -> str | None:
+    """Why `target` cannot load a scheme, from a dialect's table of who loads what; None when it can.
+
+    Args:
+      loads: (kind of weights, kind of inputs) -> targets.
+      reasons: (kind of weights, kind of inputs, target) -> "why; what to use", where more can be said.
+    Raises:
+      InputError: an unknown target.
+    """
+    if target not in TARGETS:
+        raise InputError(f"--target={target} is not a server that mojax knows{nearest(target, TARGETS)}")
+    pair = (kind(scheme.weights), kind(scheme.inputs))
+    able = loads.get(pair, ())
+    if target in able:
+        return None
+    others = " or ".join(f"--target={name}" for name in TARGETS if name in able)
+    reason = reasons.get((*pair, target)) or (
+        f"it has no loader for this pair; use {others or 'another recipe, no server loads it in this dialect'}"
+    )
+    return f"{target} cannot load {label(scheme)} in the {dialect} dialect: {reason}"
+
+
+def narrow(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+    """`values` in `dtype`.
+
+    Raises:
+      InputError: some value does not fit exactly; a server would round it.
+    """
+    narrowed = values.astype(dtype)
+    wrong = np.count_nonzero(narrowed.astype(np.float32) != values.astype(np.float32))
+    if wrong:
+        raise InputError(
+            f"{name}: {wrong} of {values.size} scales are {values.dtype} values that {np.dtype(dtype)} cannot hold"
+            " exactly, and servers would round them; quantize the unquantized source to this dialect instead"
+        )
+    return narrowed
+
+
+def expect(name: str, array: np.ndarray, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """`array` in `shape`; axes of length 1 may differ, since writers do not agree on them.
+
+    Raises:
+      InputError: another dtype or another shape.
+    """
+    if array.dtype not in dtypes:
+        wanted = " or ".join(str(np.dtype(d)) for d in dtypes)
+        raise InputError(
+            f"{name} is {array.dtype}, the config says {wanted}; if the module is not encoded, add it to the"
+            " config's list of ignored modules"
+        )
+    if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
+        raise InputError(f"{name} has shape {list(array.shape)}, its scheme needs {list(shape)}; the file is damaged")
+    return array.reshape(shape)
+
+
+def outer_as(outer: np.ndarray, have: Arithmetic, want: Arithmetic) -> np.ndarray:
+    """NVFP4's outer scale in the other dialect's direction: divisor 2688/amax <-> multiplier amax/2688.
+
+    A zero multiplier (a tensor of zeros) becomes the divisor 1, as compressed-tensors writes it.
+    """
+    if have == want:
+        return outer
+    return np.float32(1) / outer if outer != 0 else np.ones_like(outer)
+
+
+# A static input's maximum over its outer scale; "checkpoint" halves an int8 range of 255 steps.
+RANGES = {
+    ("fp8", "checkpoint"): 448.0,
+    ("fp8", "float32"): 448.0,
+    ("int8", "checkpoint"): 127.5,
+    ("int8", "float32"): 127.0,
+    ("nvfp4", "checkpoint"): 2688.0,
+    ("nvfp4", "float32"): 2688.0,
+}
+
+
+def amax_of(format: Format, outer: np.ndarray) -> np.float32:
+    """The calibrated maximum whose outer scale is `outer`: the inverse of `format.outer` with as_read.
+
+    Multiplying and dividing again can be one unit off in float32, so the neighbours are tried as well.
+    """
+    outer = np.float32(outer)
+    if outer == 0:
+        return outer
+    largest = np.float32(RANGES[format.name, format.arithmetic])
+    divisor = (format.name, format.arithmetic) == ("nvfp4", "checkpoint")
+    amax = largest / outer if divisor else outer * largest
+    for near in (amax, np.nextafter(amax, np.float32(0)), np.nextafter(amax, np.float32(np.inf))):
+        if outer == (largest / near if divisor else near / largest):
+            return near
+    return amax
+
+
+def static_outer(format: Format, module: str, amax: Any, dtype: Any) -> np.ndarray:
+    """The outer scale of a static input, float32 `[]`.
+
+    Raises:
+      InputError: no maximum was calibrated.
+    """
+    if amax is None:
+        raise InputError(
+            f"{module}.input_scale: {kind(format)} inputs need a maximum from calibration and there is none;"
+            " calibrate, or use a recipe with dynamic inputs"
+        )
+    return np.asarray(format.outer(np.float32(amax), np.dtype(dtype)), np.float32).reshape(())
+
+
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """uint8 `[..., k / 2]`, low nibble first -> uint8 `[..., k]` in 0..15."""
+    return np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+
+
+def bytes_of(nibbles: np.ndarray) -> np.ndarray:
+    """uint8 `[..., k]` in 0..15 -> uint8 `[..., k / 2]`, low nibble first."""
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4

@@ -1,0 +1,34 @@
+"""The compressed-tensors dialect, as llm-compressor 0.14 writes it and vLLM, SGLang and transformers read it."""
+
+from mojax.converters.compressed_tensors.schemes import ARITHMETIC, DIALECT, check, config, parse
+from mojax.converters.compressed_tensors.tensors import (
+    SUFFIXES,
+    cache_names,
+    layout,
+    read,
+    read_cache,
+    write,
+    write_cache,
+)
+
+METHODS = (DIALECT,)
+WRITES = True
+LISTS_EMBEDDINGS = False
+
+__all__ = [
+    "ARITHMETIC",
+    "DIALECT",
+    "LISTS_EMBEDDINGS",
+    "METHODS",
+    "SUFFIXES",
+    "WRITES",
+    "cache_names",
+    "check",
+    "config",
+    "layout",
+    "parse",
+    "read",
+    "read_cache",
+    "write",
+    "write_cache",
+]

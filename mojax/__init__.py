@@ -1,0 +1,35 @@
+"""A quantization compiler for JAX: Hugging Face checkpoints in, verified compressed checkpoints out.
+
+Importing this package imports nothing else: a name below is fetched from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "InputError": "mojax.errors",
+    "PlanError": "mojax.errors",
+    "load_recipe": "mojax.recipe",
+    "Model": "mojax.model",
+    "load": "mojax.model",
+    "plan": "mojax.planner",
+    "calibrate": "mojax.calibration",
+    "apply": "mojax.pipeline",
+    "evaluate": "mojax.evaluation",
+    "export": "mojax.writer",
+    "optimize": "mojax.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mojax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

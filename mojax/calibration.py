@@ -1,0 +1,122 @@
+"""What calibration saw of every site's input: sums, maxima and counts, which merge by `+` and `max`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax import checkpoint, interpret
+from mojax.errors import InputError, nearest
+from mojax.model import Model, Program, embed
+from mojax.models.layers import Block
+
+
+class Statistic(NamedTuple):
+    """One number per channel or site: how to take it from inputs float32 `[tokens, in]`, how two merge."""
+
+    take: Callable[[jax.Array], jax.Array]
+    merge: Callable[[Any, Any], Any]
+
+
+STATISTICS: Mapping[str, Statistic] = {
+    "absmax": Statistic(lambda x: jnp.max(jnp.abs(x), axis=0), np.maximum),  # [in]
+    "sumsq": Statistic(lambda x: jnp.sum(x * x, axis=0), np.add),  # [in]
+    "count": Statistic(lambda x: jnp.asarray(x.shape[0], jnp.int32), lambda a, b: np.int64(a) + np.int64(b)),  # [], tokens
+}
+
+
+class Stats(dict[str, dict[str, Any]]):
+    """`stats[weight][statistic]`, by checkpoint name; see `STATISTICS` for shapes."""
+
+    def merge(self, other: Mapping[str, Mapping[str, Any]]) -> Stats:
+        """Both together, as if one calibration had seen all the tokens."""
+        out = Stats({name: dict(values) for name, values in self.items()})
+        for name, values in other.items():
+            mine = out.setdefault(name, {})
+            for key, value in values.items():
+                mine[key] = STATISTICS[key].merge(mine[key], value) if key in mine else value
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file; tensor names are `<weight>.<statistic>`."""
+        flat = {f"{n}.{k}": np.asarray(v) for n, values in self.items() for k, v in values.items()}
+        checkpoint.write_shard(Path(path), flat)
+
+    @staticmethod
+    def load(path: str | Path) -> Stats:
+        """Read what `save` wrote.
+
+        Raises:
+          InputError: not such a file, or an unknown statistic.
+        """
+        stats = Stats()
+        for key, value in checkpoint.read_shard(Path(path)).items():
+            name, _, statistic = key.rpartition(".")
+            if statistic not in STATISTICS:
+                raise InputError(f"{path}: {key}: unknown statistic{nearest(statistic, STATISTICS)}")
+            stats.setdefault(name, {})[statistic] = np.array(value)
+        return stats
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def observe(
+    program: Program, needs: tuple[str, ...], leaders: tuple[str, ...], params: Mapping[str, Any], x: Any
+) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+    """One block on `x [batch, length, hidden]`, and the statistics of the inputs of the weights `leaders`."""
+
+    def tap(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[None, Any]:
+        if name not in leaders:
+            return None, None
+        rows = value if not axes else jnp.moveaxis(value, axes, range(value.ndim - len(axes), value.ndim))
+        width = int(np.prod(rows.shape[rows.ndim - max(len(axes), 1) :]))
+        rows = rows.reshape(-1, width).astype(jnp.float32)
+        return None, {need: STATISTICS[need].take(rows) for need in needs}
+
+    def block(params: Mapping[str, Any], x: Any) -> jax.Array:
+        return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))
+
+    return interpret.intercept(block, tap)(params, x)
+
+
+def batches(tokens: np.ndarray, size: int = 2048) -> list[np.ndarray]:
+    """Rows of `tokens [sequences, length]` in batches of about `size` tokens, all of one shape if they divide."""
+    rows = max(1, min(len(tokens), size // tokens.shape[1]))
+    while len(tokens) % rows:
+        rows -= 1  # one shape: one compilation
+    return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+
+
+def start(model: Model, tokens: np.ndarray) -> list[jax.Array]:
+    """The input of the first block, in batches."""
+    outside = model.outside()
+    return [embed(model._family, model.hyper, outside, t) for t in batches(tokens)]
+
+
+def calibrate_block(
+    model: Model, block: Block, xs: Iterable[jax.Array], groups: Mapping[str, str], needs: tuple[str, ...]
+) -> tuple[list[jax.Array], Stats]:
+    """Run one block and take statistics.
+
+    Args:
+      xs: batches of the block's input.
+      groups: weight (or cache) name -> the name whose input it shares; only those are observed.
+      needs: statistics to take.
+    Returns:
+      batches of the block's output, and the statistics under every name of `groups`.
+    """
+    n = len(block.prefix)
+    leaders = tuple(sorted({leader[n:] for leader in groups.values()}))
+    params = jax.device_put(model.local(block))
+    out, merged = [], Stats()
+    for x in xs:
+        y, taps = observe(model.program(block), needs, leaders, params, x)
+        out.append(y)
+        merged = merged.merge(taps)
+    values = {leader: {k: np.asarray(v) for k, v in merged[leader].items()} for leader in merged}
+    return out, Stats({name: values[leader[n:]] for name, leader in groups.items()})

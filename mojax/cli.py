@@ -1,0 +1,381 @@
+"""The command line: `mojax VERB --flag=value`. Flags in, one call of the pipeline, exit codes out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+import mojax
+from mojax.errors import InputError, PlanError, nearest
+
+Flags = flags.FlagValues
+
+VERBS = {
+    "quantize": "quantize a checkpoint, verify and evaluate what was written",
+    "plan": "print what quantize would do, and every problem; reads no weight",
+    "evaluate": "KL, top-1 agreement and perplexity of a checkpoint against its source",
+    "verify": "read a checkpoint back and check everything that a server relies on",
+    "inspect": "what is inside any checkpoint",
+    "convert": "write a quantized checkpoint in another dialect, same codes",
+    "recipes": "the menu of recipes; with a NAME, that recipe resolved",
+}
+EXAMPLES = {
+    "quantize": "mojax quantize --model=tiny --recipe=nvfp4 --out=tiny-nvfp4",
+    "plan": "mojax plan --model=tiny --recipe=int4",
+    "evaluate": "mojax evaluate --model=tiny-nvfp4 --reference=tiny",
+    "verify": "mojax verify --model=tiny-nvfp4 --reference=tiny",
+    "inspect": "mojax inspect --model=tiny-nvfp4",
+    "convert": "mojax convert --model=tiny-nvfp4 --format=modelopt --out=tiny-nvfp4-modelopt",
+    "recipes": "mojax recipes nvfp4",
+}
+
+
+def define(verb: str) -> Flags:
+    """The flags of one verb, and no others."""
+    f = Flags()
+
+    def text(name: str, default: str | None, what: str) -> None:
+        flags.DEFINE_string(name, default, what, flag_values=f)
+
+    def switch(name: str, what: str) -> None:
+        flags.DEFINE_boolean(name, False, what, flag_values=f)
+
+    def number(name: str, what: str) -> None:
+        flags.DEFINE_integer(name, None, what, flag_values=f)
+
+    flags.DEFINE_boolean("help", False, "show this text", flag_values=f)
+    if verb != "recipes":
+        text("model", None, "a folder, a hub id, or tiny, the built-in model")
+    if verb in ("quantize", "plan"):
+        text("recipe", "nvfp4", "a name from `mojax recipes`, or a file")
+        text("target", "vllm", "what must be able to load it: vllm, sglang, trtllm, transformers")
+        text("calibration", None, "builtin, or a txt, jsonl, parquet or npz file (default: the recipe's)")
+        flags.DEFINE_multi_string("keep", [], "glob of tensors to leave as they are; repeatable", flag_values=f)
+        text("revision", None, "of a hub id")
+        switch("trust_remote_code", "allow a recipe that is a Python file")
+        switch("generic", "accept an unknown model_type; data-free recipes on its 2-D weights")
+    if verb in ("quantize", "plan", "convert"):
+        text("format", "compressed-tensors", "the checkpoint dialect: compressed-tensors, modelopt")
+    if verb in ("quantize", "convert"):
+        text("out", None, "the new folder")
+        text("max_shard_size", "5GB", "largest file, as 500MB or 5GB")
+    if verb in ("quantize", "evaluate", "plan"):
+        text("text", "builtin", "evaluation text: builtin, or a txt, jsonl, parquet or npz file")
+        number("sequences", "pieces of text (default: the recipe's)")
+        number("length", "tokens of a piece (default: the recipe's)")
+        number("seed", "of the choice of pieces (default: the recipe's)")
+    if verb in ("evaluate", "verify"):
+        text("reference", None, "the source")
+    if verb == "evaluate":
+        text("report", None, "also write the report to this file")
+    if verb == "quantize":
+        flags.DEFINE_float("kl_limit", None, "largest mean KL, nats (default: the recipe's)", flag_values=f)
+        switch("noevaluate", "skip the evaluation")
+    if verb in ("plan", "inspect", "verify", "recipes", "evaluate"):
+        switch("json", "machine-readable, on stdout")
+    return f
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console entry point."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(args: list[str]) -> int:
+    """Run one command; returns the exit code (0 done, 1 verify differs, 2 input, 3 limit, 130 interrupted)."""
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"mojax {mojax.__version__}")
+        return 0
+    verb, rest = args[0], args[1:]
+    try:
+        if verb not in VERBS:
+            raise InputError(f"mojax has no verb {verb!r}{nearest(verb, VERBS)}")
+        f, words = parse(verb, rest)
+        if f["help"].value:
+            print(usage(verb))
+            return 0
+        return COMMANDS[verb](f, words)
+    except PlanError as error:
+        for problem in error.problems:
+            print(f"mojax: {problem}", file=sys.stderr)
+        return 2
+    except InputError as error:
+        print(f"mojax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mojax: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
+    """The verb's flags, and the words that are none.
+
+    Raises:
+      InputError: a flag that the verb does not have, a value that is missing or of the wrong type.
+    """
+    f = define(verb)
+    known = sorted(f)
+    args = ["--" + a.lstrip("-").replace("-", "_", 1) if _dashed(a, known) else a for a in args]
+    for arg in args:
+        name = arg.lstrip("-").partition("=")[0]
+        if arg.startswith("-") and name not in known and not (name.startswith("no") and name[2:] in known):
+            raise InputError(f"mojax {verb} has no flag --{name}{nearest(name, known)}")
+    try:
+        words = f(["mojax", *args])[1:]
+    except flags.Error as error:
+        raise InputError(f"mojax {verb}: {str(error).splitlines()[0]}") from None
+    for name in known:
+        value = f[name].value
+        if isinstance(value, str) and not value:
+            raise InputError(f"mojax {verb}: --{name} has no value; write --{name}=...")
+    if words and verb != "recipes":
+        raise InputError(f"mojax {verb}: {words[0]!r} is not a flag; write --flag=value")
+    if verb != "recipes" and not f["help"].value:
+        for name in ("model", "out", "reference" if verb == "evaluate" else "model"):
+            if name in known and f[name].value is None:
+                raise InputError(f"mojax {verb} needs --{name}; for example: {EXAMPLES[verb]}")
+    return f, words
+
+
+def _dashed(arg: str, known: list[str]) -> bool:
+    """Whether a flag was written with dashes inside: --kl-limit=1."""
+    name = arg.lstrip("-").partition("=")[0]
+    return arg.startswith("--") and name not in known and name.replace("-", "_") in known
+
+
+def usage(verb: str | None = None) -> str:
+    """Help of mojax, or of one verb."""
+    if verb is None:
+        width = max(map(len, VERBS))
+        lines = [f"  {name.ljust(width)}  {what}" for name, what in VERBS.items()]
+        return "usage: mojax VERB --flag=value\n\n" + "\n".join(lines) + "\n\nmojax VERB --help shows its flags."
+    f = define(verb)
+    lines = [f"mojax {verb}: {VERBS[verb]}", "", f"  {EXAMPLES[verb]}", ""]
+    for name in f:
+        default = f[name].default
+        shown = "" if default in (None, False, []) else f" (default {default})"
+        lines.append(f"  --{name}  {f[name].help}{shown}")
+    return "\n".join(lines)
+
+
+def _recipe(f: Flags) -> Any:
+    """The recipe with the command line's changes."""
+    from mojax.recipe import adjusted, load_recipe
+
+    recipe = load_recipe(f["recipe"].value, trust_python=f["trust_remote_code"].value)
+    return adjusted(
+        recipe,
+        keep=f["keep"].value,
+        sequences=f["sequences"].value,
+        length=f["length"].value,
+        seed=f["seed"].value,
+    )
+
+
+def quantize(f: Flags, words: list[str]) -> int:
+    from mojax import model_card, pipeline, verify
+
+    stop = _Interrupt()
+    out = f["out"].value.rstrip("/")
+    say: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if sys.stderr.isatty() else _quiet
+    try:
+        report = pipeline.optimize(
+            f["model"].value,
+            _recipe(f),
+            out,
+            format=f["format"].value,
+            target=f["target"].value,
+            calibration_text=f["calibration"].value,
+            evaluation_text=f["text"].value,
+            revision=f["revision"].value,
+            generic=f["generic"].value,
+            evaluate=not f["noevaluate"].value,
+            kl_limit=f["kl_limit"].value,
+            max_shard_size=_bytes(f["max_shard_size"].value),
+            say=say,
+            interrupted=stop,
+        )
+    except verify.VerifyError as error:
+        for line in error.differences:
+            print(f"mojax: {line}", file=sys.stderr)
+        print(f"mojax: {out}.partial is left as it is", file=sys.stderr)
+        return 1
+    except pipeline.LimitError as error:
+        print(f"mojax: {error}", file=sys.stderr)
+        return 3
+    except pipeline.Interrupted:
+        print(f"mojax: stopped after a whole block; to go on: {shlex.join(['mojax', *sys.argv[1:]])}", file=sys.stderr)
+        return 130
+    for name, value in model_card.summary(report):
+        print(f"{name:40s} {value}")
+    for row in report.worst:
+        print(f"  {row['tensor']}: relative error {row['rel_error']}")
+    print(f"{report.seconds:.1f} s, peak memory {(report.peak_rss_bytes or 0) / 1e6:.0f} MB; report in {out}/report.json")
+    print(serve(out, f["target"].value))
+    return 0
+
+
+def serve(out: str, target: str) -> str:
+    """How to serve the folder, for the last line."""
+    return {
+        "vllm": f"vllm serve {out}",
+        "sglang": f"python -m sglang.launch_server --model-path {out}",
+        "trtllm": f"trtllm-serve {out}",
+        "transformers": f"AutoModelForCausalLM.from_pretrained({out!r})",
+    }[target]
+
+
+def plan(f: Flags, words: list[str]) -> int:
+    from mojax import planner
+
+    made = planner.plan(_open(f), _recipe(f), format=f["format"].value, target=f["target"].value)
+    if f["json"].value:
+        print(json.dumps(planner.as_dict(made), indent=2))
+    else:
+        print(planner.table(made))
+        print(planner.totals(made))
+    return 0
+
+
+def _open(f: Flags) -> Any:
+    from mojax.model import load
+
+    return load(f["model"].value, revision=f["revision"].value, generic=f["generic"].value, headers_only=True)
+
+
+def evaluate(f: Flags, words: list[str]) -> int:
+    from mojax import pipeline
+
+    report = pipeline.evaluate_folder(
+        f["model"].value,
+        f["reference"].value,
+        f["text"].value,
+        sequences=f["sequences"].value or 64,
+        length=f["length"].value or 256,
+        seed=f["seed"].value or 0,
+    )
+    from mojax import model_card
+
+    content = json.dumps(report.as_dict(), indent=2)
+    if f["report"].value:
+        with open(f["report"].value, "w") as file:
+            file.write(content + "\n")
+    if f["json"].value:
+        print(content)
+    else:
+        for name, value in model_card.summary(report):
+            print(f"{name:40s} {value}")
+    return 0
+
+
+def verify(f: Flags, words: list[str]) -> int:
+    from mojax import evaluation
+    from mojax import verify as verification
+
+    reference = f["reference"].value
+    try:
+        found = verification.verify(f["model"].value, reference)
+    except verification.VerifyError as error:
+        if f["json"].value:
+            print(json.dumps({"differences": error.differences}, indent=2))
+        for line in error.differences:
+            print(f"mojax: {line}", file=sys.stderr)
+        return 1
+    if f["json"].value:
+        content = {"differences": [], "tensors": found.tensors, "errors": found.errors, "notes": found.notes}
+        print(json.dumps(content, indent=2))
+        return 0
+    print(f"{f['model'].value}: {found.tensors} tensors, no difference")
+    for note in found.notes:
+        print(f"note: {note}")
+    for row in evaluation.worst(found.errors):
+        print(f"  {row['tensor']}: relative error {row['rel_error']}")
+    return 0
+
+
+def inspect(f: Flags, words: list[str]) -> int:
+    from mojax import inspection
+
+    facts = inspection.inspect(f["model"].value)
+    print(json.dumps(facts, indent=2) if f["json"].value else inspection.text(facts))
+    return 0
+
+
+def convert(f: Flags, words: list[str]) -> int:
+    from mojax import conversion
+
+    out = f["out"].value.rstrip("/")
+    conversion.convert(f["model"].value, f["format"].value, out, max_shard_size=_bytes(f["max_shard_size"].value))
+    print(serve(out, "vllm"))
+    return 0
+
+
+def recipes(f: Flags, words: list[str]) -> int:
+    from mojax import recipe
+
+    if len(words) > 1:
+        raise InputError(f"mojax recipes takes one NAME, got {' '.join(words)}")
+    if not words:
+        print(json.dumps(recipe.menu_rows(), indent=2) if f["json"].value else recipe.menu())
+        return 0
+    content = recipe.resolved(recipe.load_recipe(words[0]))
+    if f["json"].value:
+        print(json.dumps(content, indent=2))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(content, sort_keys=False), end="")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Flags, list[str]], int]] = {
+    "quantize": quantize,
+    "plan": plan,
+    "evaluate": evaluate,
+    "verify": verify,
+    "inspect": inspect,
+    "convert": convert,
+    "recipes": recipes,
+}
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a question that the pipeline asks between blocks; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("mojax: finishing this block; press again to stop at once", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def _quiet(line: str) -> None:
+    """Progress of a command whose stderr is not a terminal."""
+
+
+def _bytes(value: str) -> int:
+    """Bytes of "500MB" or "5GB"."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    for unit, size in units.items():
+        number = value.upper().removesuffix(unit).strip()
+        if value.upper().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return int(float(number) * size)
+    raise InputError(f"--max_shard_size={value}: write a size as 500MB or 5GB")

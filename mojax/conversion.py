@@ -1,0 +1,78 @@
+"""From one checkpoint dialect to another without quantizing again: the codes stay, names and scales are rewritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from mojax import find, verify
+from mojax.converters import base as dialects
+from mojax.errors import InputError, PlanError
+from mojax.model import INPUT, Model, linears, load
+from mojax.planner import TARGETS, Plan, Row
+from mojax.transforms.base import chain
+from mojax.writer import Writer, unit_params
+
+
+def convert(source: str | Path, format: str, out: str | Path, *, max_shard_size: int = 5 * 10**9) -> Path:
+    """Rewrite a quantized checkpoint in another dialect.
+
+    Codes and block scales stay the same bytes; a reciprocal outer scale is right within one unit in the last place.
+
+    Raises:
+      InputError: the source is not quantized, is in that dialect already, `out` exists, or a scale does not fit.
+      PlanError: what the dialect cannot say.
+    """
+    model = load(source)
+    files = model.checkpoint
+    assert files is not None
+    target = find.find("converters", format)
+    if not model.schemes:
+        raise InputError(f"{source}: is not quantized, there is nothing to convert; use mojax quantize")
+    if not target.WRITES:
+        raise InputError(f"--format={format}: this dialect is read, not written; write compressed-tensors or modelopt")
+    if dialects.section(model.config).get("quant_method") in target.METHODS:
+        raise InputError(f"{source}: is in {target.DIALECT} already")
+    plan = as_plan(model, target)
+    facts = {"converted_from": dialects.section(model.config).get("quant_method", "modelopt"), "format": target.DIALECT}
+    writer = Writer(Path(out), plan, model, facts, max_shard_size)
+    for unit in writer.units:
+        writer.write(unit, unit_params(model, unit))
+    writer.finish()
+    verify.verify(writer.partial, plan=plan)
+    return writer.rename()
+
+
+def as_plan(model: Model, target: ModuleType) -> Plan:
+    """The plan that keeps every code of an encoded model and writes it in another dialect.
+
+    Raises:
+      PlanError: what the dialect cannot say, or no server would load.
+    """
+    problems, rows = [], []
+    for name in model.params:
+        if name.endswith(INPUT):
+            continue
+        scheme = model.schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        leaf = model.params[name]
+        size = sum(a.nbytes for a in ([leaf.codes, *leaf.scales.values()] if scheme else [leaf]))
+        if scheme is not None:
+            refusals = [target.check(scheme, server) for server in TARGETS]
+            if all(refusals):
+                problems.append(refusals[0])
+        block = next((b.prefix for b in model.blocks if name.startswith(b.prefix)), "")
+        role = role_of(model, name, scheme is not None)
+        rows.append(Row(name, role, tuple(leaf.shape), np.dtype(leaf.dtype), block, scheme, "", size, size, "kept"))
+    if problems:
+        raise PlanError(list(dict.fromkeys(problems)))
+    count = sum(int(np.prod(r.shape)) for r in rows)
+    return Plan(tuple(rows), None, target, "any", chain(), {}, model.cache, count)
+
+
+def role_of(model: Model, name: str, encoded: bool) -> str:
+    """linear, or head, for what belongs in an ignore list; else other."""
+    if encoded or name.removesuffix(".weight") in linears(model, model.params):
+        return "head" if name == "lm_head.weight" else "linear"
+    return "embedding" if "embed" in name else "other"

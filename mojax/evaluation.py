@@ -1,0 +1,173 @@
+"""How far a quantized model is from its source on the same tokens: KL, top-1 agreement, perplexity.
+
+    KL = mean over tokens of sum_v p(v) (log p(v) - log q(v)), p the source, q the quantized model, in nats.
+
+Both models run block by block, so that memory is two blocks and the activations, whatever the depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax.calibration import batches
+from mojax.errors import InputError
+from mojax.formats.base import QTensor
+from mojax.model import Model, decode, embed, head, run_block
+
+CHUNK = 2**24  # logits at a time, in elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was made, and how near it is to its source. None where there is no forward function.
+
+    Attributes:
+      kl_mean, kl_p99: nats, over tokens.
+      top1_agreement: share of tokens whose likeliest next token is the source's.
+      perplexity, perplexity_source: exp of the mean negative log-likelihood of the next token.
+      bits_per_weight: 8 x bytes of all tensors / parameters of the source.
+      bits_per_quantized_weight: the same over encoded tensors.
+      seconds: wall time of everything.
+      peak_rss_bytes: of this process.
+      tokens: how many were evaluated; text: where they came from.
+      worst: the ten encoded tensors farthest from the source, `{tensor, rel_error}`.
+    """
+
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    perplexity: float | None = None
+    perplexity_source: float | None = None
+    bits_per_weight: float | None = None
+    bits_per_quantized_weight: float | None = None
+    seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    tokens: int = 0
+    text: str = ""
+    worst: tuple[dict[str, Any], ...] = ()
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@jax.jit
+def compare(p_logits: jax.Array, q_logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """Per token of float32 logits `[tokens, vocabulary]` and targets int32 `[tokens]`.
+
+    Returns:
+      KL, agreement of the top choice, and the negative log-likelihoods of the target under p and q; `[tokens]`.
+    """
+    p, q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+    nll = [-jnp.take_along_axis(lp, targets[:, None], axis=-1)[:, 0] for lp in (p, q)]
+    return jnp.maximum(kl, 0.0), same, nll[0], nll[1]
+
+
+def hidden(model: Model, tokens: np.ndarray) -> list[jax.Array]:
+    """The last block's output, in batches, with quantized inputs simulated and weights decoded block by block."""
+    outside = model.outside()
+    xs = [embed(model._family, model.hyper, outside, t) for t in batches(tokens)]
+    for block in model.blocks:
+        params = model.local(block)
+        plain = not any(isinstance(leaf, QTensor) for leaf in params.values())
+        params = jax.device_put(params) if plain else decode(params)
+        program = model.program(block)
+        xs = [run_block(program, params, x) for x in xs]
+    return xs
+
+
+def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = "") -> Report:
+    """Compare a model with its source.
+
+    Args:
+      model: quantized, read back from disk or from `apply`.
+      reference: its source.
+      tokens: int32 `[sequences, length]`.
+      text: where the tokens come from, for the report.
+    Raises:
+      InputError: the two have different vocabularies, or the tokens do not fit them.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise InputError(f"tokens: shape is {list(tokens.shape)}, needed [sequences, length] with length of 2 or more")
+    sizes = [m.config.get("vocab_size") for m in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"vocab_size is {sizes[0]} here and {sizes[1]} in the reference: not the same model")
+    if tokens.min() < 0 or (sizes[0] and tokens.max() >= sizes[0]):
+        raise InputError(f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}")
+    pairs = zip(batches(tokens), hidden(reference, tokens), hidden(model, tokens), strict=True)
+    outsides = reference.outside(), model.outside()
+    parts: list[list[np.ndarray]] = [[], [], [], []]
+    for ids, xp, xq in pairs:
+        rows = max(1, CHUNK // (ids.shape[1] * int(sizes[0] or 1)))
+        for i in range(0, len(ids), rows):
+            p = head(reference._family, reference.hyper, outsides[0], xp[i : i + rows])
+            q = head(model._family, model.hyper, outsides[1], xq[i : i + rows])
+            targets = np.roll(ids[i : i + rows], -1, axis=1).reshape(-1)
+            values = compare(p.reshape(targets.size, -1), q.reshape(targets.size, -1), targets)
+            for store, value in zip(parts, values, strict=True):
+                store.append(np.asarray(value).reshape(-1, ids.shape[1]))
+    kl, same, nll_p, nll_q = (np.concatenate(p) for p in parts)
+    return Report(
+        kl_mean=_finite("KL", kl.mean(dtype=np.float64)),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_agreement=float(same.mean()),
+        perplexity=float(np.exp(nll_q[:, :-1].mean(dtype=np.float64))),  # the last token of a piece has no next
+        perplexity_source=float(np.exp(nll_p[:, :-1].mean(dtype=np.float64))),
+        bits_per_weight=bits(model, reference),
+        bits_per_quantized_weight=quantized_bits(model),
+        peak_rss_bytes=peak_rss(),
+        tokens=int(tokens.size),
+        text=text,
+    )
+
+
+def _finite(what: str, value: Any) -> float:
+    if not np.isfinite(value):
+        raise InputError(f"{what} is {value}: one of the two models gives logits that are not finite on this text")
+    return float(value)
+
+
+def bits(model: Model, reference: Model) -> float:
+    """8 x bytes of all tensors / parameters of the source; a tied tensor counts once."""
+    if model.checkpoint is not None:
+        size = sum(e.stop - e.start for e in model.checkpoint.entries.values())
+    else:
+        size = sum(_bytes(leaf) for leaf in model.params.values())
+    files = reference.checkpoint
+    count = sum(int(np.prod(files.spec(n).shape)) for n in files) if files else sum(
+        int(np.prod(v.shape)) for v in reference.params.values()
+    )
+    return 8 * size / count
+
+
+def quantized_bits(model: Model) -> float | None:
+    """The same over encoded tensors; None when there are none."""
+    leaves = [model.params[m + ".weight"] for m in model.schemes]
+    return 8 * sum(map(_bytes, leaves)) / sum(int(np.prod(q.shape)) for q in leaves) if leaves else None
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.nbytes
+
+
+def peak_rss() -> int:
+    """Bytes; the largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def worst(errors: Mapping[str, float], count: int = 10) -> tuple[dict[str, Any], ...]:
+    """The tensors with the largest relative error."""
+    ranked = sorted(errors.items(), key=lambda e: -e[1])[:count]
+    return tuple({"tensor": n, "rel_error": round(e, 6)} for n, e in ranked)

@@ -1,0 +1,49 @@
+"""MXFP4: E2M1 elements in blocks of 32 with a power of two (E8M0) per block.
+
+  w ~ e2m1 * 2^(e - 127)
+  "checkpoint"  e - 127 = floor(log2 amax) - 2, one more from mantissa 1.75 on; ties to the even code
+  "float32"     e - 127 = ceil(log2(amax / 6));  ties toward zero; zeros carry a sign bit
+
+OCP Microscaling Formats 1.0, section 6; the rules are compressed-tensors' ("checkpoint") and ModelOpt's
+("float32").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mojax.formats.base import Array, Format
+from mojax.formats.mxfp8 import fit_exponents
+from mojax.formats.numerics import EVEN, blocks, e2m1, e2m1_value, indivisible, inverse_power, power
+
+_BLOCK = 32
+_TIES_UP = {"checkpoint": EVEN, "float32": ()}
+_NEGATIVE = {"checkpoint": lambda y: y < 0, "float32": lambda y: ~(y > 0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MXFP4(Format):
+    """MXFP4. Scales: "inner" uint8 `[..., in / 32]`, the exponent + 127."""
+
+    name = "mxfp4"
+    bits = 4
+    largest = 6.0
+
+    def check(self, shape: tuple[int, ...]) -> str | None:
+        return indivisible(shape, _BLOCK)
+
+    def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
+        return {"inner": fit_exponents(w, self)}
+
+    def round(self, w: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
+        y = blocks(w.astype(jnp.float32), _BLOCK) * inverse_power(scales["inner"])[..., None]
+        return e2m1(y, _NEGATIVE[self.arithmetic](y), _TIES_UP[self.arithmetic]).reshape(w.shape)
+
+    def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
+        return (e2m1_value(blocks(codes, _BLOCK)) * power(scales["inner"])[..., None]).reshape(codes.shape)
+
+
+FORMAT = MXFP4

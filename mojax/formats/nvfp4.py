@@ -1,0 +1,108 @@
+"""NVFP4: E2M1 elements in blocks of 16, an E4M3 scale per block and a float32 scale per tensor.
+
+  "float32"     w ~ e2m1 * (s * s2),  s2 = amax / (6 * 448),  s = e4m3(amax_block / (6 * s2)) >= 2^-9
+  "checkpoint"  w ~ e2m1 * (s / g),   g = 6 * 448 / amax,     s = e4m3(g * (amax_block / 6))
+
+with `g` and `amax_block / 6` rounded to the dtype of the checkpoint. "outer" is `s2` or `g`. Ties go to the
+even code. Linears that a server fuses share "outer", so its maximum is over all of them. NVIDIA's format
+(arXiv 2509.25149); the rules are ModelOpt's ("float32") and compressed-tensors' ("checkpoint").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax.formats.base import Array, Format
+from mojax.formats.numerics import amax, blocks, divide, e2m1, e2m1_value, e4m3, indivisible, narrow
+
+_BLOCK = 16
+_RANGE = 6 * 448.0  # of an element times that of a block scale
+_SMALLEST = 2.0**-9  # of E4M3
+
+
+class _Rule(NamedTuple):
+    """How one arithmetic makes the two scales, and the step that both stand for."""
+
+    outer: Callable[[jax.Array, np.dtype], jax.Array]  # largest magnitude of the tensor, dtype
+    inner: Callable[[jax.Array, jax.Array, np.dtype], jax.Array]  # of the block, outer, dtype; before E4M3
+    step: Callable[[jax.Array, jax.Array], jax.Array]  # inner, outer
+
+
+def _multiplier(top: jax.Array, dtype: np.dtype) -> jax.Array:
+    s2 = divide(top, _RANGE)
+    return jnp.where(s2 == 0, jnp.float32(1), s2)
+
+
+def _divisor(top: jax.Array, dtype: np.dtype) -> jax.Array:
+    least = jnp.maximum(top, float(jnp.finfo(dtype).tiny))
+    g = narrow(narrow(divide(jnp.ones_like(least), least), dtype) * _RANGE, dtype)
+    # float16 overflows already at amax = 0.04, where compressed-tensors falls back to 1 and loses the block
+    # scales' precision: float32 holds the quotient. 1 remains for a tensor of zeros.
+    wide = divide(jnp.full_like(top, _RANGE), top)
+    return jnp.where(jnp.isfinite(g), g, jnp.where(jnp.isfinite(wide), wide, jnp.float32(1)))
+
+
+def _inner_multiplier(top: jax.Array, s2: jax.Array, dtype: np.dtype) -> jax.Array:
+    p = divide(top, 6 * s2)
+    return jnp.maximum(jnp.where(p == 0, jnp.float32(1), p), _SMALLEST)
+
+
+def _inner_divisor(top: jax.Array, g: jax.Array, dtype: np.dtype) -> jax.Array:
+    s = g * narrow(divide(top, 6.0), dtype)
+    return jnp.where(s <= _SMALLEST / 2, jnp.float32(0.125), s)  # what E4M3 rounds to 0
+
+
+_RULES = {
+    "checkpoint": _Rule(_divisor, _inner_divisor, divide),
+    "float32": _Rule(_multiplier, _inner_multiplier, lambda s, s2: s * s2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4(Format):
+    """NVFP4. Scales: "inner" float8_e4m3fn `[..., in / 16]`, "outer" float32 `[]`."""
+
+    name = "nvfp4"
+    bits = 4
+    largest = 6.0
+
+    @property
+    def static(self) -> bool:
+        return True
+
+    @property
+    def fused(self) -> bool:
+        return True
+
+    def check(self, shape: tuple[int, ...]) -> str | None:
+        return indivisible(shape, _BLOCK)
+
+    def outer(self, amax: Array, dtype: np.dtype) -> Array:
+        top = jnp.asarray(amax, jnp.float32)
+        return top if self.as_read else _RULES[self.arithmetic].outer(top, dtype)
+
+    def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
+        top = amax(blocks(w, _BLOCK))
+        scale = self.own_outer(jnp.max(top), w.dtype, outer)
+        return {"inner": e4m3(_RULES[self.arithmetic].inner(top, scale, w.dtype)), "outer": scale}
+
+    def round(self, w: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
+        y = divide(blocks(w.astype(jnp.float32), _BLOCK), self._step(scales))
+        return e2m1(y, y < 0).reshape(w.shape)
+
+    def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
+        return (e2m1_value(blocks(codes, _BLOCK)) * self._step(scales)).reshape(codes.shape)
+
+    def _step(self, scales: dict[str, jax.Array]) -> jax.Array:
+        inner = scales["inner"].astype(jnp.float32)
+        outer = jnp.asarray(scales["outer"], jnp.float32).reshape(())
+        return _RULES[self.arithmetic].step(inner, outer)[..., None]
+
+
+FORMAT = NVFP4

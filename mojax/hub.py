@@ -1,0 +1,136 @@
+"""Models of the Hugging Face hub: a whole snapshot, or only what a plan needs (small files and headers)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mojax.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    choose_shards,
+    join_shards,
+    open_checkpoint,
+    read_config,
+    read_index,
+)
+from mojax.errors import InputError
+from mojax.header import Entry, header_length, parse_header
+
+_SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+_OTHER = ["*/*.safetensors", "original/*", ".git/*", ".cache/*"]
+_UNUSED = [w for w in WEIGHTS if w != "*.safetensors"] + _OTHER
+_FIRST = 1 << 17  # bytes; holds most headers, so that most shards take one request
+
+
+def download(source: str, *, revision: str | None = None) -> Path:
+    """The snapshot folder of a hub id: everything but weights in formats other than safetensors.
+
+    Args:
+      source: `org/name`.
+      revision: branch, tag or commit; `main` by default.
+    Raises:
+      InputError: `huggingface_hub` is not installed, or the hub cannot give the model.
+    """
+    hub = _client(source)
+    with _explained(source, revision):
+        commit, names = _inspect(hub, source, revision)
+        if names is not None and not any(n.endswith(".safetensors") for n in names):
+            choose_shards(source, names, None)  # raises before anything is downloaded
+        return Path(hub.snapshot_download(source, revision=commit, ignore_patterns=_UNUSED))
+
+
+def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
+    """The checkpoint of a hub id with entries and config but no data; fetches headers by range.
+
+    Raises:
+      InputError: as `download`; or a header that does not describe its file.
+    """
+    hub = _client(source)
+    with _explained(source, revision):
+        commit, names = _inspect(hub, source, revision)
+        small = hub.snapshot_download(source, revision=commit, allow_patterns=_SMALL, ignore_patterns=_UNUSED)
+    folder = Path(small)
+    if names is None:
+        return open_checkpoint(folder)  # what the cache has
+    config = read_config(folder)
+    index = folder / INDEX
+    indexed = read_index(index) if index.exists() else None
+    files = [folder / n for n in choose_shards(source, names, indexed)]
+    with _explained(source, revision), ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(lambda file: _fetch_header(hub, source, commit, file), files))
+    entries = join_shards(dict(zip(files, headers, strict=True)), indexed, index)
+    return Checkpoint(folder, config, entries, headers_only=True)
+
+
+def _client(source: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError(
+            f"{source!r}: no such folder; to read it from the hub: pip install 'mojax[hf]'"
+        ) from error
+    return huggingface_hub
+
+
+def _inspect(hub: Any, source: str, revision: str | None) -> tuple[str | None, list[str] | None]:
+    """The commit and the names of its top-level files; `(revision, None)` when the hub cannot be reached."""
+    if hub.constants.HF_HUB_OFFLINE:
+        return revision, None
+    try:
+        info = hub.HfApi().model_info(source, revision=revision)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+        raise
+    except Exception:  # no connection: the cache may have the model; the download that follows says if not
+        return revision, None
+    return info.sha, sorted(s.rfilename for s in info.siblings or () if "/" not in s.rfilename)
+
+
+def _fetch_header(hub: Any, source: str, commit: str | None, file: Path) -> list[Entry]:
+    url = hub.hf_hub_url(source, file.name, revision=commit)
+    data, size = _fetch(hub, url, 0, _FIRST)
+    length = header_length(data[:8], size, file)
+    if len(data) < 8 + length:
+        data += _fetch(hub, url, len(data), 8 + length)[0]
+    return parse_header(data[8 : 8 + length], size, file)
+
+
+def _fetch(hub: Any, url: str, start: int, stop: int) -> tuple[bytes, int]:
+    """Bytes `start` to `stop` of a file on the hub, and the size of the whole file."""
+    wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    reply = hub.utils.get_session().get(url, headers={**hub.utils.build_hf_headers(), **wanted}, timeout=60)
+    hub.utils.hf_raise_for_status(reply)
+    if reply.status_code == 206:
+        return reply.content, int(reply.headers["Content-Range"].rpartition("/")[2])
+    return reply.content[start:stop], len(reply.content)  # a server without ranges sent all of it
+
+
+@contextlib.contextmanager
+def _explained(source: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub's client raises into an InputError that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except InputError:
+        raise
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{source}: access is gated; accept the terms on its page on the hub, then `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{source}: the hub has no revision {revision!r} of it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{source!r}: no such folder, and no such model on the hub (if it is private: `hf auth login`)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{source!r}: no such folder, not in the cache, and the hub is not reachable or HF_HUB_OFFLINE set"
+        ) from error
+    except Exception as error:  # the client's transport errors have no base class of their own
+        raise InputError(f"{source}: the hub could not be read: {type(error).__name__}: {error}") from error

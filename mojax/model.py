@@ -1,0 +1,291 @@
+"""A Model is a config, a flat dictionary of parameters, and the pure functions of its family."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax import checkpoint, find, interpret, trace
+from mojax.errors import InputError, PlanError, nearest
+from mojax.formats.base import Format, QTensor, Scheme
+from mojax.models.layers import Block
+
+INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
+
+
+class Lazy(Mapping[str, Any]):
+    """A mapping whose values are made when asked for and not kept, so that a model never sits in memory."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Any]]):
+        self._make = dict(make)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
+
+
+class Program(NamedTuple):
+    """What must be compiled once: a kind of layer and how its linears run. Hashable; a static argument."""
+
+    family: ModuleType
+    config: Any
+    kind: str
+    inputs: tuple[tuple[str, Format], ...] = ()  # (module or cache, format) whose values are simulated
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model as data and pure functions.
+
+    Attributes:
+      config: config.json.
+      params: tensors by checkpoint name, Hugging Face `[out, in]` layout; encoded weights are `QTensor`,
+        and `<module>.input_scale` is the float32 maximum of a statically quantized input.
+      family: the module `mojax.models.<model_type>`; None when only the tensors are known (`generic`).
+      checkpoint: the files it was read from, if any.
+      schemes: how each encoded linear runs, by module name; empty for a model in full precision.
+      cache: the format of the key/value cache, or None.
+    """
+
+    config: Mapping[str, Any]
+    params: Mapping[str, Any]
+    family: ModuleType | None
+    checkpoint: checkpoint.Checkpoint | None = None
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    cache: Format | None = None
+
+    @functools.cached_property
+    def hyper(self) -> Any:
+        """The family's view of the config; hashable."""
+        return self._family.configure(dict(self.config))
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        return self._family.blocks(self.hyper) if self.family else ()
+
+    @property
+    def _family(self) -> ModuleType:
+        if self.family is None:
+            raise InputError(
+                f"model_type {self.config.get('model_type')!r} has no forward function here "
+                "(it was loaded with generic); only its tensors are known"
+            )
+        return self.family
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the checkpoint: what decoded weights and activations are."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        return jnp.dtype(str(name).removeprefix("torch."))
+
+    def local(self, block: Block) -> dict[str, Any]:
+        """The parameters of one block, by names without the block's prefix."""
+        n = len(block.prefix)
+        return {name[n:]: self.params[name] for name in self.params if name.startswith(block.prefix)}
+
+    def outside(self) -> dict[str, Any]:
+        """The parameters of no block that the family's `embed` and `head` use."""
+        names = self._family.shapes(self.hyper)
+        inside = tuple(b.prefix for b in self.blocks)
+        return {n: self.params[n] for n in names if not n.startswith(inside)}
+
+    def program(self, block: Block) -> Program:
+        """The static part of `run_block` for this block."""
+        inputs: list[tuple[str, Format]] = []
+        for module, scheme in self.schemes.items():
+            if module.startswith(block.prefix) and scheme.inputs is not None:
+                inputs.append((module[len(block.prefix) :], scheme.inputs))
+        if self.cache is not None:
+            inputs += [(f"self_attn.{kv}_cache", self.cache) for kv in "kv"]
+        return Program(self._family, self.hyper, block.kind, tuple(sorted(inputs, key=lambda i: i[0])))
+
+    def sites(self, block: Block) -> tuple[trace.Site, ...]:
+        """Where weights meet activations in this block, from its trace; names without the block's prefix."""
+        return block_sites(self._family, self.hyper, block, self.dtype) if self.family else ()
+
+    def apply(self, params: Mapping[str, Any], tokens: Any) -> jax.Array:
+        """Logits, float32 `[batch, length, vocabulary]`, of `tokens`, int32 `[batch, length]`.
+
+        Encoded weights are decoded, and quantized inputs simulated, block by block.
+        """
+        model = dataclasses.replace(self, params=params)
+        outside = model.outside()
+        x = embed(self._family, self.hyper, outside, tokens)
+        for block in self.blocks:
+            x = run_block(model.program(block), decode(model.local(block)), x)
+        return head(self._family, self.hyper, outside, x)
+
+    def __call__(self, tokens: Any) -> jax.Array:
+        return self.apply(self.params, tokens)
+
+
+@jax.jit
+def decode(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Every encoded leaf as an array of the checkpoint's dtype; the others as they are."""
+    return {
+        name: jnp.asarray(leaf.format.decode(leaf)).astype(leaf.dtype) if isinstance(leaf, QTensor) else leaf
+        for name, leaf in params.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def embed(family: ModuleType, config: Any, params: Mapping[str, Any], tokens: Any) -> jax.Array:
+    """`[batch, length, hidden]` of int32 `[batch, length]`."""
+    return family.embed(config, params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def head(family: ModuleType, config: Any, params: Mapping[str, Any], x: Any) -> jax.Array:
+    """float32 logits `[batch, length, vocabulary]` of `[batch, length, hidden]`."""
+    return family.head(config, params, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
+    """One block on `x [batch, length, hidden]`; quantized inputs are simulated as a server rounds them."""
+    return simulate(program, params, x)
+
+
+def simulate(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
+    """`run_block` without its jit, for callers that have one of their own."""
+    inputs = dict(program.inputs)
+
+    def quantize(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array | None, None]:
+        module = name.removesuffix(".weight")
+        if module not in inputs:
+            return None, None
+        scheme = inputs[module]
+        amax = params.get(module + INPUT)
+        outer = scheme.outer(amax, value.dtype) if amax is not None else None
+        if axes in ((), (value.ndim - 1,)):
+            return scheme.fake(value, outer), None
+        last = jnp.moveaxis(value, axes, range(value.ndim - len(axes), value.ndim))
+        return jnp.moveaxis(scheme.fake(last, outer), range(value.ndim - len(axes), value.ndim), axes), None
+
+    def block(params: Mapping[str, Any], x: Any) -> jax.Array:
+        return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))
+
+    weights = {name: leaf for name, leaf in params.items() if not name.endswith(INPUT)}
+    if not inputs:
+        return block(weights, x)
+    return interpret.intercept(block, quantize)(weights, x)[0]
+
+
+@functools.lru_cache
+def _kind_sites(family: ModuleType, config: Any, kind: str, local: tuple[tuple[str, tuple[int, ...]], ...], dtype: str):
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in local}
+    whole = {n: jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for n, s in family.shapes(config).items()}
+    x = jax.eval_shape(functools.partial(family.embed, config), whole, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    block = functools.partial(family.block, config, kind)
+    return trace.sites(block, params, x, jax.ShapeDtypeStruct((8,), jnp.int32))
+
+
+def block_sites(family: ModuleType, config: Any, block: Block, dtype: np.dtype) -> tuple[trace.Site, ...]:
+    """Sites of a block; layers of one kind are traced once."""
+    n = len(block.prefix)
+    shapes = family.shapes(config)
+    local = tuple((name[n:], shape) for name, shape in shapes.items() if name.startswith(block.prefix))
+    return _kind_sites(family, config, block.kind, local, dtype.name)
+
+
+def load(source: str | Path, *, revision: str | None = None, generic: bool = False, headers_only: bool = False) -> Model:
+    """Open a checkpoint: headers only, no weight is read until it is used.
+
+    Args:
+      source: a folder, a hub id, or "tiny", the built-in model. Our own output and the peers' dialects too.
+      revision: of a hub id.
+      generic: accept a model_type without a family; then only data-free transforms of its tensors work.
+      headers_only: do not fetch the weights of a hub id.
+    Raises:
+      InputError: no such source, an unknown model_type, a broken file.
+      PlanError: tensors that are missing or contradict config.json, all of them.
+    """
+    files = checkpoint.open_source(str(source), revision=revision, headers_only=headers_only)
+    config = files.config
+    kind = str(config.get("model_type", ""))
+    family = None
+    if kind.replace("-", "_") in find.names("models"):
+        family = find.find("models", kind)
+    elif not generic:
+        raise InputError(
+            f"{source}: model_type {kind!r} has no family here{nearest(kind, find.names('models'))}; data-free "
+            "recipes can quantize its two-dimensional weights all the same: add --generic"
+        )
+    from mojax.converters import base as dialects  # reading a quantized checkpoint needs a converter
+
+    dialect = dialects.dialect(config, files)
+    model = Model(config, files, family, files)
+    if dialect is None:
+        _check_shapes(model, {name: files.spec(name).shape for name in files})
+        return model
+    return _encoded(model, dialect)
+
+
+def _check_shapes(model: Model, found: Mapping[str, tuple[int, ...]]) -> None:
+    if model.family is None:
+        return
+    problems = []
+    for name, shape in model.family.shapes(model.hyper).items():
+        if name not in found:
+            problems.append(f"{name}: config.json implies this tensor {list(shape)}, the files lack it")
+        elif tuple(found[name]) != tuple(shape):
+            problems.append(
+                f"{name}: the file holds {list(found[name])}, config.json implies {list(shape)}; "
+                "one of the two belongs to another model"
+            )
+    if problems:
+        raise PlanError(problems)
+
+
+def linears(model: Model, names: Mapping[str, Any]) -> list[str]:
+    """The modules that may be encoded: two-dimensional weights of the blocks, and an untied head."""
+    if model.family is None:
+        return sorted({n.rsplit(".", 1)[0] for n in names if n.endswith((".weight", ".weight_packed"))})
+    inside = tuple(b.prefix for b in model.blocks)
+    shapes = model.family.shapes(model.hyper)
+    return [
+        n.removesuffix(".weight")
+        for n, shape in shapes.items()
+        if n.endswith(".weight") and len(shape) == 2 and (n.startswith(inside) or n == "lm_head.weight")
+    ]
+
+
+def _encoded(model: Model, dialect: ModuleType) -> Model:
+    files = model.checkpoint
+    assert files is not None
+    parsed = dialect.parse(dict(model.config), extra(files.folder), linears(model, files))
+    leaves: dict[str, Callable[[], Any]] = {n: functools.partial(files.__getitem__, n) for n in files}
+    for module, scheme in parsed.schemes.items():
+        for suffix in dialect.SUFFIXES:
+            leaves.pop(module + suffix, None)
+        leaves[module + ".weight"] = lambda m=module, s=scheme: dialect.read(m, files.__getitem__, s, model.dtype)[0]
+        if scheme.inputs is not None and scheme.inputs.static:
+            leaves[module + INPUT] = lambda m=module, s=scheme: dialect.read(m, files.__getitem__, s, model.dtype)[1]
+    if parsed.cache is not None:
+        for attention in sorted({m.rsplit(".", 1)[0] for m in parsed.schemes if ".self_attn." in m}):
+            for i, kv in enumerate("kv"):
+                names = dialect.cache_names(attention)
+                leaves.pop(names[i], None)
+                leaves[f"{attention}.{kv}_cache{INPUT}"] = (
+                    lambda a=attention, i=i: dialect.read_cache(a, files.__getitem__)[i]
+                )
+    return dataclasses.replace(model, params=Lazy(leaves), schemes=parsed.schemes, cache=parsed.cache)
+
+
+def extra(folder: Path) -> dict[str, Any] | None:
+    """hf_quant_config.json, where a checkpoint has one."""
+    path = folder / "hf_quant_config.json"
+    return checkpoint.read_json(path) if path.exists() else None

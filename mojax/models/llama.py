@@ -1,0 +1,176 @@
+"""The Llama family (model_type "llama"), and the decoder that mistral, qwen2 and qwen3 configure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mojax.errors import InputError, nearest
+from mojax.models import layers
+from mojax.models.layers import Block, Params, Rope
+
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+KEEP = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the decoder needs; fields carry their names in config.json, the last five are derived.
+
+    Attributes:
+      layer_types: per layer "full_attention" or "sliding_attention", the kinds of its blocks.
+      sliding_window: positions that a query of a sliding layer sees, its own included.
+      qkv_bias, output_bias, mlp_bias: which linears have a bias.
+      qk_norm: each head of q and k goes through RMSNorm.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
+    rope: Rope
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """`config[key]`, or the default when it is missing or null; InputError unless an int above 0."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} is {value!r}, needed an integer above 0")
+    return value
+
+
+def read(config: Mapping[str, Any], **family: Any) -> Config:
+    """A Config from config.json with transformers' defaults; `family` sets the fields a family decides.
+
+    Raises:
+      InputError: a key is missing, or has a value that this decoder cannot compute exactly.
+    """
+    if config.get("per_layer_config"):
+        raise InputError("config.json: per_layer_config is set, needed one configuration for all layers")
+    heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
+    act = config.get("hidden_act", "silu")
+    if act not in layers.ACTIVATIONS:
+        raise InputError(
+            f"config.json: hidden_act is {act!r}, which mojax cannot compute"
+            f"{nearest(str(act), layers.ACTIVATIONS)}"
+        )
+    fields = {
+        "num_key_value_heads": size(config, "num_key_value_heads", heads),
+        "head_dim": size(config, "head_dim", hidden // heads),
+        "sliding_window": None,
+        "layer_types": ("full_attention",) * size(config, "num_hidden_layers"),
+        **family,
+    }
+    if heads % fields["num_key_value_heads"]:
+        raise InputError(
+            f"config.json: num_attention_heads is {heads}, needed a multiple of num_key_value_heads "
+            f"({fields['num_key_value_heads']})"
+        )
+    return Config(
+        vocab_size=size(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size(config, "intermediate_size"),
+        num_attention_heads=heads,
+        hidden_act=act,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rope=layers.read_rope(config, fields["head_dim"]),
+        **fields,
+    )
+
+
+def configure(config: Mapping[str, Any]) -> Config:
+    """Config from a raw config.json; InputError names the key of anything that cannot be done exactly."""
+    bias = bool(config.get("attention_bias", False))
+    return read(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model; a tied `lm_head.weight` is absent."""
+    hidden, inner = c.hidden_size, c.intermediate_size
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    linears = {
+        "self_attn.q_proj": (q, hidden, c.qkv_bias),
+        "self_attn.k_proj": (kv, hidden, c.qkv_bias),
+        "self_attn.v_proj": (kv, hidden, c.qkv_bias),
+        "self_attn.o_proj": (hidden, q, c.output_bias),
+        "mlp.gate_proj": (inner, hidden, c.mlp_bias),
+        "mlp.up_proj": (inner, hidden, c.mlp_bias),
+        "mlp.down_proj": (hidden, inner, c.mlp_bias),
+    }
+    local: dict[str, tuple[int, ...]] = {f"{m}.weight": (o, i) for m, (o, i, _) in linears.items()}
+    local |= {f"{m}.bias": (o,) for m, (o, _, bias) in linears.items() if bias}
+    local |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    if c.qk_norm:
+        local |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
+    table = {"model.embed_tokens.weight": (c.vocab_size, hidden)}
+    table |= {prefix + name: shape for prefix, _ in blocks(c) for name, shape in local.items()}
+    table |= {"model.norm.weight": (hidden,)}
+    return table if c.tie_word_embeddings else table | {"lm_head.weight": (c.vocab_size, hidden)}
+
+
+def blocks(c: Config) -> tuple[Block, ...]:
+    """The decoder layers in order."""
+    return tuple(Block(f"model.layers.{i}.", kind) for i, kind in enumerate(c.layer_types))
+
+
+def embed(c: Config, p: Params, tokens: jax.Array) -> jax.Array:
+    """`[batch, length, hidden]` in the dtype of the weights; a token outside the vocabulary gives NaN.
+
+    Args:
+      p: by full name.
+      tokens: int32 `[batch, length]`.
+    """
+    table = jnp.asarray(p["model.embed_tokens.weight"])
+    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def block(c: Config, kind: str, p: Params, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """One decoder layer, `[batch, length, hidden]` to the same.
+
+    Args:
+      kind: from `blocks`.
+      p: the layer's tensors, named without the layer's prefix.
+      positions: int32 `[length]`, the same for every sequence of the batch.
+    """
+    y = layers.rms_norm(x, p["input_layernorm.weight"], c.rms_norm_eps)
+    x = x + layers.attention(
+        p,
+        y,
+        positions,
+        head_dim=c.head_dim,
+        rope=c.rope,
+        window=c.sliding_window if kind == "sliding_attention" else None,
+        bias=c.qkv_bias,
+        output_bias=c.output_bias,
+        norm_eps=c.rms_norm_eps if c.qk_norm else None,
+    )
+    y = layers.rms_norm(x, p["post_attention_layernorm.weight"], c.rms_norm_eps)
+    return x + layers.gated_mlp(p, y, act=c.hidden_act, bias=c.mlp_bias)
+
+
+def head(c: Config, p: Params, x: jax.Array) -> jax.Array:
+    """Logits float32 `[batch, length, vocab]`, not rounded to the dtype of `x`; `p` by full name."""
+    y = layers.rms_norm(x, p["model.norm.weight"], c.rms_norm_eps)
+    w = p["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
+    return lax.dot_general(y, w, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,231 @@
+"""The order of things: load, plan, then per block calibrate, transform, write; verify, evaluate, report, rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mojax import calibration, evaluation, model_card, text, verify
+from mojax.calibration import Stats, calibrate_block
+from mojax.checkpoint import Checkpoint
+from mojax.errors import InputError
+from mojax.evaluation import Report
+from mojax.model import INPUT, Model, load
+from mojax.models.layers import Block
+from mojax.planner import Plan, plan
+from mojax.recipe import Recipe, load_recipe, resolved
+from mojax.transforms.rtn import static_maximum
+from mojax.writer import Unit, Writer, unit_params
+
+Say = Callable[[str], None]
+
+
+class LimitError(Exception):
+    """The result is farther from its source than the recipe allows; the folder is kept as OUT.rejected."""
+
+
+class Interrupted(Exception):
+    """Stopped between two blocks; the same command goes on from there."""
+
+
+def calibrate(model: Model, plan: Plan, tokens: np.ndarray) -> Stats:
+    """Statistics of every input that the plan's steps need, block by block.
+
+    Args:
+      tokens: int32 `[sequences, length]`.
+    """
+    stats = Stats()
+    if plan.needs:
+        xs = calibration.start(model, tokens)
+        for block in model.blocks:
+            xs, seen = calibrate_block(model, block, xs, plan.observed(block), plan.needs)
+            stats |= seen
+    return stats
+
+
+def apply(model: Model, plan: Plan, stats: Mapping[str, Mapping[str, Any]]) -> Model:
+    """The model with its weights encoded as the plan says. Pure: the given model is unchanged."""
+    params: dict[str, Any] = dict(model.params)
+    for block in (None, *model.blocks):
+        params |= apply_block(model, plan, block, stats)
+    return dataclasses.replace(model, params=params, schemes=plan.schemes, cache=plan.cache)
+
+
+def apply_block(
+    model: Model, plan: Plan, block: Block | None, stats: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The leaves of one block (None: of what is outside the blocks) that the plan's steps change or add."""
+    prefix = block.prefix if block else ""
+    context = plan.context(block)
+    params = {r.name: model.params[r.name] for r in plan.rows if r.block == prefix}
+    changed = dict(plan.step.apply(params, stats, context))
+    for name in plan.observed(block) if block else ():
+        if name.endswith("_cache"):
+            changed[name + INPUT] = static_maximum(name, stats)
+    return changed
+
+
+def optimize(
+    source: str | Path,
+    recipe: str | Recipe = "nvfp4",
+    out: str | Path = "quantized",
+    *,
+    format: str = "compressed-tensors",
+    target: str = "vllm",
+    calibration_text: str | None = None,
+    evaluation_text: str = "builtin",
+    revision: str | None = None,
+    generic: bool = False,
+    evaluate: bool = True,
+    kl_limit: float | None = None,
+    max_shard_size: int = 5 * 10**9,
+    say: Say = lambda line: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Quantize a checkpoint into a new folder, streamed block by block, verified and evaluated.
+
+    Args:
+      source: a folder, a hub id, or "tiny".
+      recipe: a name, a file or a Recipe.
+      out: the new folder; `<out>.partial` while it is made, resumed by the same call.
+      format: the checkpoint dialect; target: who must load it.
+      calibration_text, evaluation_text: "builtin", or a txt, jsonl, parquet or npz file.
+      evaluate: compare the written bytes with the source at the end.
+      kl_limit: nats; overrides the recipe's limit.
+      max_shard_size: bytes of a file.
+      say: called with one line per block, and the preview of the calibration text.
+      interrupted: asked between blocks.
+    Raises:
+      InputError, PlanError: before anything is written. verify.VerifyError: what was written is wrong.
+      LimitError: too far from the source. Interrupted: `interrupted` said so.
+    """
+    begun = time.monotonic()
+    model = load(source, revision=revision, generic=generic)
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    todo = plan(model, recipe, format=format, target=target)
+    if model.checkpoint is None:
+        raise InputError("optimize streams from files; a model in memory goes through calibrate, apply and export")
+    seen = read_text(model, todo, recipe, calibration_text, "calibration") if todo.needs else None
+    if seen is not None:
+        say(f"calibration text ({seen.origin}): {seen.preview!r}")
+    judged = read_text(model, todo, recipe, evaluation_text, "evaluation") if evaluate and model.family else None
+    facts = fingerprint(model.checkpoint, todo, seen)
+    writer = Writer(Path(out), todo, model, facts, max_shard_size)
+    _write(writer, seen, say, interrupted)
+    writer.finish()
+    checked = verify.verify(writer.partial, reference=model.checkpoint.folder, plan=todo)
+    for note in checked.notes:
+        say(note)
+    report = Report(note="no forward function for this model_type, so nothing was evaluated" if generic else "")
+    if judged is not None:
+        written = load(writer.partial)
+        report = evaluation.evaluate(written, model, judged.ids, text=judged.origin)
+    report = dataclasses.replace(
+        report,
+        bits_per_weight=todo.bits_per_weight,
+        bits_per_quantized_weight=todo.bits_per_quantized_weight,
+        worst=evaluation.worst(checked.errors),
+        seconds=round(time.monotonic() - begun, 3),
+        peak_rss_bytes=evaluation.peak_rss(),
+    )
+    model_card.write(writer.partial, model.checkpoint.folder, report, todo)
+    limit = kl_limit if kl_limit is not None else recipe.limits.get("kl_mean")
+    if limit is not None and report.kl_mean is not None and report.kl_mean > limit:
+        rejected = writer.rename(".rejected")
+        raise LimitError(f"{rejected}: KL to the source is {report.kl_mean:.4f} nats, the limit is {limit}")
+    writer.rename()
+    return report
+
+
+def _write(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Callable[[], bool]) -> None:
+    """Every unit, in order; those of an interrupted run are only run through."""
+    model, todo = writer.model, writer.plan
+    blocks = {b.prefix: b for b in model.blocks}
+    xs = calibration.start(model, seen.ids) if seen is not None else []
+    begun = time.monotonic()
+    for i, unit in enumerate(writer.units):
+        block = blocks.get(unit.prefix)
+        stats: Mapping[str, Any] = {}
+        if block is not None and seen is not None and any(not writer.done(u) for u in writer.units[i:]):
+            xs, stats = calibrate_block(model, block, xs, todo.observed(block), todo.needs)
+        if not writer.done(unit):
+            params = unit_params(model, unit)
+            writer.write(unit, params | apply_block(model, todo, block, stats))
+        say(_progress(i + 1, len(writer.units), unit, time.monotonic() - begun))
+        if interrupted() and i + 1 < len(writer.units):
+            raise Interrupted
+
+
+def _progress(done: int, total: int, unit: Unit, seconds: float) -> str:
+    name = unit.prefix.rstrip(".") or "embeddings, head"
+    return f"[{done:3d}/{total}] {name}  {seconds:.1f} s  eta {seconds / done * (total - done):.0f} s"
+
+
+def read_text(model: Model, todo: Plan, recipe: Recipe, source: str | None, purpose: str) -> text.Tokens:
+    """The tokens that a recipe asks for, checked against the model."""
+    c = recipe.calibration
+    assert model.checkpoint is not None
+    longest = model.config.get("max_position_embeddings")
+    if longest and c.length > longest:
+        raise InputError(f"--length={c.length}: the model has {longest} positions (max_position_embeddings); lower it")
+    return text.tokens(
+        source or c.text,
+        model.checkpoint.folder,
+        sequences=c.sequences,
+        length=c.length,
+        seed=c.seed,
+        purpose="calibration" if purpose == "calibration" else "evaluation",
+        vocab=model.config.get("vocab_size"),
+    )
+
+
+def fingerprint(files: Checkpoint, todo: Plan, seen: text.Tokens | None) -> dict[str, Any]:
+    """What the output depends on; two runs with the same fingerprint write the same bytes."""
+    tensors = [(e.name, e.dtype.name, e.shape, e.start, e.stop, e.file.name) for e in files.entries.values()]
+    packages = ("jax", "numpy", "ml_dtypes", "tokenizers")
+    return {
+        "source": {
+            "config_sha256": hashlib.sha256((files.folder / "config.json").read_bytes()).hexdigest(),
+            "headers_sha256": hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest(),
+        },
+        "recipe": resolved(todo.recipe),
+        "format": todo.dialect.DIALECT,
+        "target": todo.target,
+        "data": {"origin": seen.origin, "sha256": seen.digest} if seen else None,
+        "seed": todo.recipe.calibration.seed,
+        "versions": {p: importlib.metadata.version(p) for p in ("mojax", *packages)},
+    }
+
+
+def evaluate_folder(
+    folder: str, reference: str, source: str, *, sequences: int = 64, length: int = 256, seed: int = 0
+) -> Report:
+    """Compare a checkpoint that we can read with its source, both by folder, hub id or "tiny".
+
+    Args:
+      source: evaluation text, "builtin" or a file; tokenized with the reference's tokenizer.
+    """
+    begun = time.monotonic()
+    out, base = load(folder), load(reference)
+    assert base.checkpoint is not None
+    seen = text.tokens(
+        source,
+        base.checkpoint.folder,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        purpose="evaluation",
+        vocab=base.config.get("vocab_size"),
+    )
+    report = evaluation.evaluate(out, base, seen.ids, text=seen.origin)
+    errors = verify.verify(folder, reference).errors if out.schemes else {}
+    return dataclasses.replace(
+        report, worst=evaluation.worst(errors), seconds=round(time.monotonic() - begun, 3)
+    )

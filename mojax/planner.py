@@ -1,0 +1,450 @@
+"""The plan: one row per tensor of the source, and every problem that headers can show, before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax import find, trace
+from mojax.errors import InputError, PlanError, nearest
+from mojax.formats.base import Format, Scheme
+from mojax.model import Model
+from mojax.models.layers import Block
+from mojax.recipe import Recipe, Rule, load_recipe
+from mojax.transforms.base import Context, Transform, chain
+
+TARGETS = ("vllm", "sglang", "trtllm", "transformers")
+FUSING = ("vllm", "sglang", "trtllm")  # servers that load q/k/v and gate/up as one matrix
+OUTPUTS = ("report.json", "mojax.json", "hf_quant_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor of the source and what becomes of it.
+
+    Attributes:
+      name: the checkpoint's name.
+      role: linear, embedding, head, norm, bias or other.
+      shape, dtype: in the source.
+      block: the prefix of its block, "" outside the blocks.
+      scheme: the formats of weight and input; None for a tensor that is kept.
+      shared: an id for the tensors that share one outer scale, "" for none.
+      before, after: bytes on disk, scales included.
+      reason: why it is kept, or what is folded into it.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    block: str
+    scheme: Scheme | None
+    shared: str
+    before: int
+    after: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A recipe resolved for one model, one dialect and one target."""
+
+    rows: tuple[Row, ...]
+    recipe: Recipe | None  # None: converted, nothing was decided
+    dialect: ModuleType
+    target: str
+    step: Transform
+    sites: Mapping[str, tuple[trace.Site, ...]]  # by kind of block, names without the block's prefix
+    cache: Format | None
+    source_parameters: int
+
+    @functools.cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """By module, what is encoded."""
+        return {r.name.removesuffix(".weight"): r.scheme for r in self.rows if r.scheme is not None}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that must be calibrated; none means that no data is needed."""
+        static = any(s.inputs is not None and s.inputs.static for s in self.schemes.values()) or self.cache
+        return tuple(dict.fromkeys([*self.step.needs, *(["absmax"] if static else [])]))
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(r.before for r in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(r.after for r in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x bytes of all written tensors / parameters of the source."""
+        return 8 * self.bytes_after / self.source_parameters
+
+    @property
+    def bits_per_quantized_weight(self) -> float | None:
+        """The same over the encoded tensors alone; None if there are none."""
+        rows = [r for r in self.rows if r.scheme is not None]
+        return 8 * sum(r.after for r in rows) / sum(int(np.prod(r.shape)) for r in rows) if rows else None
+
+    def context(self, block: Block | None) -> Context:
+        """What the transforms may know of one block (None: of what is outside), in checkpoint names."""
+        p = block.prefix if block else ""
+        sites = tuple(
+            s._replace(weight=p + s.weight, producer=s.producer and p + s.producer)
+            for s in (self.sites.get(block.kind, ()) if block else ())
+        )
+        mine = [r for r in self.rows if r.block == p]
+        groups: dict[str, list[str]] = {}
+        for r in mine:
+            if r.shared:
+                groups.setdefault(r.shared, []).append(r.name)
+        schemes = {r.name.removesuffix(".weight"): r.scheme for r in mine if r.scheme is not None}
+        return Context(sites, schemes, tuple(tuple(g) for g in groups.values()))
+
+    def observed(self, block: Block) -> dict[str, str]:
+        """What calibration must watch: weight or cache name -> the first name that has the same input."""
+        first: dict[int, str] = {}
+        context = self.context(block)
+        out = {}
+        for s in context.sites:
+            wanted = s.weight.removesuffix(".weight") in context.schemes
+            if (s.op == "dot" and wanted) or (s.op == "cache" and self.cache is not None):
+                out[s.weight] = first.setdefault(s.group, s.weight)
+        return out
+
+    def memory(self, tokens: int) -> int:
+        """Bytes of memory to expect: the largest block three times, and the activations of `tokens` twice."""
+        size: dict[str, int] = {}
+        for r in self.rows:
+            size[r.block] = size.get(r.block, 0) + r.before
+        hidden = max((r.shape[-1] for r in self.rows if r.role == "embedding"), default=0)
+        return 3 * max(size.values()) + 2 * tokens * hidden * 4
+
+
+def plan(
+    model: Model, recipe: str | Recipe, *, format: str = "compressed-tensors", target: str = "vllm"
+) -> Plan:
+    """Resolve a recipe for a model. Reads no weight.
+
+    Args:
+      model: from `mojax.load`.
+      recipe: a name (`mojax recipes`), a file, or a Recipe.
+      format: the checkpoint dialect, a file of `converters/` that can write.
+      target: who must be able to load it: vllm, sglang, trtllm or transformers.
+    Raises:
+      InputError: an unknown name; a source that is quantized already.
+      PlanError: every problem found.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    dialect = find.find("converters", format)
+    if not dialect.WRITES:
+        raise InputError(f"--format={format}: this dialect is read, not written; write compressed-tensors or modelopt")
+    if target not in TARGETS:
+        raise InputError(f"--target={target}: unknown target{nearest(target, TARGETS)}")
+    if model.schemes:
+        raise InputError(
+            f"{model.checkpoint.folder if model.checkpoint else 'the model'}: is quantized already "
+            f"({_label(next(iter(model.schemes.values())))}); `mojax convert` writes it in another dialect, "
+            "and quantizing needs the source in full precision"
+        )
+    return _Planner(model, recipe, dialect, target).plan()
+
+
+def _label(scheme: Scheme) -> str:
+    return f"{scheme.weights.label}, inputs {scheme.inputs.label if scheme.inputs else 'as they are'}"
+
+
+def resolve_format(spec: Mapping[str, Any], where: str, arithmetic: str) -> Format:
+    """The Format of `{format: name, **options}`.
+
+    Raises:
+      InputError: unknown format, unknown option (with the nearest), or a value that the format refuses.
+    """
+    options = {k: v for k, v in spec.items() if k != "format"}
+    kind = find.find("formats", str(spec["format"])).FORMAT
+    known = [f.name for f in dataclasses.fields(kind) if not f.kw_only]
+    for key in options:
+        if key not in known:
+            raise InputError(f"{where}: {spec['format']} has no option {key!r}{nearest(key, known)}")
+    return kind(**options, arithmetic=arithmetic)
+
+
+def resolve_steps(recipe: Recipe) -> Transform:
+    """The steps of a recipe as one transform.
+
+    Raises:
+      InputError: an unknown step or option.
+    """
+    steps = []
+    for name, options in recipe.steps:
+        make = getattr(find.find("transforms", name), name)
+        known = make.__kwdefaults__ or {}
+        for key in options:
+            if key not in known:
+                raise InputError(f"steps: {name} has no option {key!r}{nearest(key, known)}")
+        steps.append(make(**options))
+    return chain(*steps)
+
+
+class _Planner:
+    """The steps of `plan`, sharing what they found."""
+
+    def __init__(self, model: Model, recipe: Recipe, dialect: ModuleType, target: str):
+        self.model, self.recipe, self.dialect, self.target = model, recipe, dialect, target
+        assert model.checkpoint is not None
+        self.files = model.checkpoint
+        self.problems: list[str] = []
+        self.matched: set[int] = set()
+        self.sites, self.roles = self._trace()
+
+    def plan(self) -> Plan:
+        step = resolve_steps(self.recipe)
+        rewritten = {
+            block.prefix + name
+            for block in self.model.blocks
+            for name in step.rewrites(self.sites.get(block.kind, ()))
+        }
+        rows = [self._row(name, rewritten) for name in self.files]
+        rows = self._share(rows)
+        cache = self._cache()
+        self._unmatched()
+        if not any(r.scheme for r in rows):
+            self.problems.append("nothing would be quantized: every tensor is kept; see `mojax plan` without --keep")
+        for name in OUTPUTS:
+            if (self.files.folder / name).exists():
+                self.problems.append(f"{name}: the source has a file of this name, which the output writes; remove it")
+        if self.problems:
+            raise PlanError(list(dict.fromkeys(self.problems)))
+        count = sum(int(np.prod(r.shape)) for r in rows)
+        return Plan(tuple(rows), self.recipe, self.dialect, self.target, step, self.sites, cache, count)
+
+    def _trace(self) -> tuple[dict[str, tuple[trace.Site, ...]], dict[str, str]]:
+        """Sites by kind of block, and the role of every tensor that the trace reaches."""
+        model, spec = self.model, self._struct
+        if model.family is None:
+            return {}, {}
+        roles, sites = {}, {}
+        shapes = model.family.shapes(model.hyper)
+        inside = tuple(b.prefix for b in model.blocks)
+        outside = {n: spec(n) for n in shapes if not n.startswith(inside)}
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        x = jax.eval_shape(functools.partial(model.family.embed, model.hyper), outside, tokens)
+        for s in trace.sites(functools.partial(model.family.head, model.hyper), outside, x):
+            roles[s.weight] = "head"
+        for s in trace.sites(functools.partial(model.family.embed, model.hyper), outside, tokens):
+            roles[s.weight] = "embedding"
+        for block in model.blocks:
+            sites[block.kind] = model.sites(block)
+            roles |= {block.prefix + s.weight: "linear" for s in sites[block.kind] if s.op == "dot"}
+        return sites, roles
+
+    def _struct(self, name: str) -> jax.ShapeDtypeStruct:
+        shape, dtype = self.files.spec(name)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def _role(self, name: str, shape: tuple[int, ...]) -> str:
+        if name in self.roles:
+            return self.roles[name]
+        if self.model.family is None and name.endswith(".weight") and len(shape) == 2:
+            vocabulary = self.model.config.get("vocab_size")
+            if "embed" in name:
+                return "embedding"
+            return "head" if "lm_head" in name or shape[0] == vocabulary else "linear"
+        if name.endswith(".bias"):
+            return "bias"
+        return "norm" if "norm" in name and len(shape) == 1 else "other"
+
+    def _row(self, name: str, rewritten: set[str]) -> Row:
+        shape, dtype = self.files.spec(name)
+        role = self._role(name, shape)
+        before = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        prefix = next((b.prefix for b in self.model.blocks if name.startswith(b.prefix)), "")
+        scheme, reason = self._scheme(name, role)
+        after = before
+        if scheme is not None:
+            module = name.removesuffix(".weight")
+            trouble = scheme.weights.check(shape)
+            if trouble:
+                self.problems.append(
+                    f"{name}: {trouble} ({scheme.weights.label}); add --keep={name}, or use a format that divides it"
+                )
+            elif not jnp.issubdtype(dtype, jnp.floating) or np.dtype(dtype).itemsize < 2:
+                self.problems.append(f"{name}: is {np.dtype(dtype).name}, only float tensors can be quantized")
+            else:
+                parts = self.dialect.layout(module, shape, self._dtype(dtype), scheme)
+                after = sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in parts.values())
+            refusal = self.dialect.check(scheme, self.target)
+            if refusal:
+                self.problems.append(refusal)
+        elif name in rewritten:
+            reason = "absorbs smoothing scales"
+        return Row(name, role, shape, np.dtype(dtype), prefix, scheme, "", before, after, reason)
+
+    def _dtype(self, dtype: Any) -> np.dtype:
+        return np.dtype(dtype)
+
+    def _scheme(self, name: str, role: str) -> tuple[Scheme | None, str]:
+        """The formats of a tensor, or why it is kept."""
+        weights: Mapping[str, Any] | str | None = None
+        inputs: Mapping[str, Any] | str | None = None
+        by: Rule | None = None
+        for i, rule in enumerate(self.recipe.rules):
+            if not fnmatch.fnmatchcase(name, rule.match):
+                continue
+            self.matched.add(i)
+            weights = rule.weights if rule.weights is not None else weights
+            inputs = rule.inputs if rule.inputs is not None else inputs
+            by = rule if rule.weights is not None else by
+        if role not in ("linear", "head") or weights is None:
+            return None, {"linear": "no rule", "head": "no rule"}.get(role, role)
+        assert by is not None
+        asked = not by.shipped and by.match == name  # by its full name: then even a head
+        if weights == "keep":
+            return None, "kept by the recipe" if by.shipped else f"kept: {by.match}"
+        declared = getattr(self.model.family, "KEEP", ())
+        if not asked and (role == "head" or any(fnmatch.fnmatchcase(name, k) for k in declared)):
+            return None, "head: servers want it in full precision" if role == "head" else "kept by the family"
+        if role == "head" and asked and "lm_head.weight" not in self.files:
+            self.problems.append(f"{name}: is the tied head and the embedding at once, it cannot be encoded; remove the rule")
+            return None, "tied"
+        arithmetic = self.dialect.ARITHMETIC
+        try:
+            w = resolve_format(dict(weights), f"rules: {by.match}: weights", arithmetic)
+            i = None if inputs in (None, "none") else resolve_format(dict(inputs), f"rules: {by.match}: inputs", arithmetic)
+        except InputError as error:
+            self.problems.append(str(error))
+            return None, "unresolved"
+        return Scheme(w, i), ""
+
+    def _share(self, rows: list[Row]) -> list[Row]:
+        """Give the tensors that a server fuses one id, and check that they can share."""
+        by_name = {r.name: r for r in rows}
+        out = dict(by_name)
+        fusing = self.target in FUSING
+        for block in self.model.blocks:
+            for fused in self.model._family.FUSED:
+                names = [f"{block.prefix}{m}.weight" for m in fused]
+                members = [by_name[n] for n in names if n in by_name]
+                schemes = {r.scheme for r in members}
+                if len(schemes) > 1 and fusing:
+                    said = ", ".join(f"{r.name} {_label(r.scheme) if r.scheme else 'kept'}" for r in members)
+                    self.problems.append(f"{self.target} fuses these into one matrix, give them one format: {said}")
+                elif members and members[0].scheme and self._shares(members[0]):
+                    for r in members:
+                        out[r.name] = dataclasses.replace(r, shared=members[0].name)
+        if self.model.family is None:
+            out |= self._share_generic(rows)
+        return [out[r.name] for r in rows]
+
+    def _shares(self, row: Row) -> bool:
+        assert row.scheme is not None
+        asked = False
+        for rule in self.recipe.rules:
+            if fnmatch.fnmatchcase(row.name, rule.match) and rule.share_scale is not None:
+                asked = rule.share_scale
+        return row.scheme.weights.fused or (asked and row.scheme.weights.static)
+
+    def _share_generic(self, rows: list[Row]) -> dict[str, Row]:
+        """Without a trace: siblings of one parent with one input width share, a superset of what servers fuse."""
+        groups: dict[tuple[str, int], list[Row]] = {}
+        for r in rows:
+            if r.scheme is not None and r.scheme.weights.fused:
+                groups.setdefault((r.name.rsplit(".", 2)[0], r.shape[-1]), []).append(r)
+        return {r.name: dataclasses.replace(r, shared=g[0].name) for g in groups.values() if len(g) > 1 for r in g}
+
+    def _cache(self) -> Format | None:
+        names = {rule.kv_cache for rule in self.recipe.rules if rule.kv_cache is not None}
+        asked = [rule.kv_cache for rule in self.recipe.rules if rule.kv_cache is not None]
+        if not names or asked[-1] == "none":
+            return None
+        if asked[-1] != "fp8":
+            self.problems.append(f"kv_cache: {asked[-1]} is not a cache format here; known: fp8, none")
+            return None
+        return resolve_format({"format": "fp8"}, "kv_cache", self.dialect.ARITHMETIC)
+
+    def _unmatched(self) -> None:
+        for i, rule in enumerate(self.recipe.rules):
+            if i not in self.matched and not rule.shipped and not rule.optional:
+                self.problems.append(f"{rule.match}: this rule matches no tensor{nearest(rule.match, self.files)}")
+
+
+def table(plan: Plan, *, every: bool = False) -> str:
+    """The plan as text: equal rows of different blocks in one line, unless `every`."""
+    lines: dict[tuple[str, ...], list[int]] = {}
+    for r in plan.rows:
+        name = r.name if every or not r.block else _star(r)
+        how = _label(r.scheme) if r.scheme else f"kept: {r.reason}" if r.role != "norm" or r.reason != "norm" else "kept"
+        shape = "x".join(map(str, r.shape))
+        shared = r.shared.split(".", 3)[-1] if r.shared and r.shared != r.name else ""
+        totals = lines.setdefault((name, r.role, shape, r.dtype.name, how, shared), [0, 0, 0])
+        for i, value in enumerate((1, r.before, r.after)):
+            totals[i] += value
+    head = ("tensor", "role", "shape", "dtype", "becomes", "shares its scale with", "count", "before", "after")
+    body = [(*key, str(n), _size(b), _size(a)) for key, (n, b, a) in lines.items()]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body])
+
+
+def _star(row: Row) -> str:
+    return row.block.rstrip(".").rsplit(".", 1)[0] + ".*." + row.name[len(row.block) :]
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return ""
+
+
+def totals(plan: Plan) -> str:
+    """The last lines of the printed plan: sizes, bits, memory, data."""
+    c = plan.recipe.calibration
+    tokens = c.sequences * c.length if plan.needs else 0
+    data = f"{c.sequences} x {c.length} tokens of {c.text} text" if plan.needs else "no data needed"
+    quantized = plan.bits_per_quantized_weight
+    return "\n".join([
+        f"\nrecipe {plan.recipe.name}, format {plan.dialect.DIALECT}, target {plan.target}; {data}",
+        f"disk {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; "
+        f"{plan.bits_per_weight:.2f} bits per weight, {quantized or 0:.2f} of those quantized",
+        f"memory, about: {_size(plan.memory(tokens))} and what JAX itself needs (0.3 GB on a CPU)",
+    ])
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, for --json."""
+    rows = [
+        {
+            "tensor": r.name,
+            "role": r.role,
+            "shape": list(r.shape),
+            "dtype": r.dtype.name,
+            "weights": r.scheme.weights.label if r.scheme else None,
+            "inputs": r.scheme.inputs.label if r.scheme and r.scheme.inputs else None,
+            "shares_scale_with": r.shared or None,
+            "bytes_before": r.before,
+            "bytes_after": r.after,
+            "kept": r.reason or None,
+        }
+        for r in plan.rows
+    ]
+    return {
+        "recipe": plan.recipe.name,
+        "format": plan.dialect.DIALECT,
+        "target": plan.target,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bits_per_weight": plan.bits_per_weight,
+        "needs": list(plan.needs),
+        "tensors": rows,
+    }

@@ -1,0 +1,279 @@
+"""Reading a checkpoint back and checking everything that a server relies on."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax import checkpoint, model, trace
+from mojax.converters import base as dialects
+from mojax.errors import InputError
+from mojax.formats.base import QTensor
+from mojax.model import Model
+from mojax.models.layers import Block
+from mojax.planner import Plan
+
+LARGEST_ERROR = 0.5  # relative: a wrong nibble order or scale gives 1 or more, the coarsest format 0.2
+
+
+class VerifyError(Exception):
+    """What was read back is not what a server needs; one message per difference."""
+
+    def __init__(self, differences: list[str]):
+        self.differences = tuple(differences)
+        super().__init__("\n".join(differences))
+
+
+class Verified(NamedTuple):
+    """What verification found.
+
+    Attributes:
+      tensors: how many tensors were read.
+      errors: by weight, the relative error |W - decoded| / |W| (Frobenius), if there was a reference.
+      notes: what is right but worth knowing.
+    """
+
+    tensors: int
+    errors: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Plan | None = None) -> Verified:
+    """Check a quantized checkpoint from its bytes alone.
+
+    Args:
+      folder: the checkpoint.
+      reference: its source; then kept tensors and side files must be the same bytes, and decoded weights near.
+      plan: what was meant; then the formats and the set of tensors must be the plan's.
+    Raises:
+      InputError: not a readable or not a quantized checkpoint.
+      VerifyError: every difference found.
+    """
+    out = model.load(folder)
+    if not out.schemes:
+        raise InputError(f"{folder}: is not quantized (config.json has no quantization_config)")
+    source = model.load(reference) if reference is not None else None
+    check = _Check(out, source, plan)
+    check.layout()
+    check.ignored()
+    check.fused()
+    errors: dict[str, float] = {}
+    if source is not None:
+        check.kept()
+        check.files()
+        errors = check.errors()
+    if check.differences:
+        raise VerifyError(check.differences)
+    assert out.checkpoint is not None
+    return Verified(len(out.checkpoint), errors, tuple(check.notes))
+
+
+class _Check:
+    """One verification; differences and notes collect here."""
+
+    def __init__(self, out: Model, source: Model | None, plan: Plan | None):
+        assert out.checkpoint is not None
+        self.out, self.source, self.plan, self.files_out = out, source, plan, out.checkpoint
+        self.dialect = dialects.dialect(out.config, out.checkpoint)
+        self.differences: list[str] = []
+        self.notes: list[str] = []
+        if plan is not None and set(plan.schemes) != set(out.schemes):
+            odd = sorted(set(plan.schemes) ^ set(out.schemes))
+            self.differences.append(f"config.json and the plan disagree on what is encoded: {', '.join(odd[:10])}")
+
+    def layout(self) -> None:
+        """Every tensor of an encoded module is there with the dtype and shape of its dialect; scales are sane."""
+        for module, scheme in self.out.schemes.items():
+            try:
+                q = self.out.params[module + ".weight"]
+                want = self.dialect.layout(module, q.shape, self.out.dtype, scheme)
+            except (InputError, KeyError) as error:
+                self.differences.append(f"{module}: cannot be read back: {error}")
+                continue
+            for name, spec in want.items():
+                if name not in self.files_out:
+                    self.differences.append(f"{name}: missing; {scheme.weights.label} needs it")
+                    continue
+                shape, dtype = self.files_out.spec(name)
+                if tuple(shape) != tuple(spec.shape):
+                    self.differences.append(f"{name}: shape is {list(shape)}, {scheme.weights.label} needs {list(spec.shape)}")
+                elif np.dtype(dtype).itemsize != np.dtype(spec.dtype).itemsize and not name.endswith("scale"):
+                    self.differences.append(f"{name}: dtype is {np.dtype(dtype).name}, needs {np.dtype(spec.dtype).name}")
+            self._scales(module, q)
+
+    def _scales(self, module: str, q: QTensor) -> None:
+        for level, scale in q.scales.items():
+            if scale.dtype == np.uint8 or level == "zero":  # an E8M0 exponent or a zero point: every value counts
+                continue
+            values = np.asarray(scale).astype(np.float32)
+            if not np.all(np.isfinite(values)) or np.any(values < 0):
+                self.differences.append(f"{module}: the {level} scale holds NaN, infinity or a negative value")
+
+    def ignored(self) -> None:
+        """Every linear is encoded or in the ignore list; a tied head has no tensor but must be there too."""
+        if self.out.family is None:
+            return
+        linears = model.linears(self.out, self.files_out)
+        if "lm_head" not in linears:
+            linears = [*linears, "lm_head"]
+        parsed = self.dialect.parse(dict(self.out.config), model.extra(self.files_out.folder), linears)
+        for module in linears:
+            has = module + ".weight" in self.files_out and not _narrow(self.files_out, module + ".weight")
+            if module in parsed.schemes and (has or (module == "lm_head" and "lm_head.weight" not in self.files_out
+                                                     and "lm_head.weight_packed" not in self.files_out)):
+                self.differences.append(
+                    f"{module}: is in full precision, but the config's ignore list lacks it; servers would read it as encoded"
+                )
+
+    def fused(self) -> None:
+        """NVFP4's outer scale is one value in a fused group; other per-tensor scales may differ, but lose."""
+        for names in _fused(self.out):
+            tensors = {n: self.out.params[n] for n in names if n.removesuffix(".weight") in self.out.schemes}
+            outer = {n: np.float32(q.scales["outer"]) for n, q in tensors.items() if "outer" in q.scales}
+            if len(set(outer.values())) <= 1:
+                continue
+            said = ", ".join(f"{n} {v:.6g}" for n, v in outer.items())
+            if next(iter(tensors.values())).format.fused:
+                self.differences.append(f"a server fuses these and reads one outer scale for all, they differ: {said}")
+            else:
+                self.notes.append(
+                    f"per-tensor scales differ in a fused group ({said}); vLLM requantizes to the largest, "
+                    "which costs accuracy: share_scale: true avoids it"
+                )
+
+    def kept(self) -> None:
+        """Every tensor of the source that was not encoded is there, byte for byte, unless the plan rewrote it."""
+        assert self.source is not None and self.source.checkpoint is not None
+        files = self.source.checkpoint
+        rewritten = set(self.rewritten())
+        for name in files:
+            if name.removesuffix(".weight") in self.out.schemes and name.endswith(".weight"):
+                continue
+            if name not in self.files_out:
+                self.differences.append(f"{name}: is in the source, but was not written")
+            elif name not in rewritten and _bytes(files[name]) != _bytes(self.files_out[name]):
+                self.differences.append(f"{name}: was to be kept, but its bytes differ from the source's")
+
+    def rewritten(self) -> Iterator[str]:
+        """High-precision tensors that a step may change: producers of encoded sites, if a step smooths."""
+        steps = _steps(self.files_out.folder)
+        if self.plan is not None:
+            yield from (r.name for r in self.plan.rows if r.reason == "absorbs smoothing scales")
+        elif steps is None or steps != ["rtn"]:
+            for block, sites in _sites(self.out):
+                yield from (block.prefix + s.producer for s in sites if s.producer)
+
+    def files(self) -> None:
+        """Every other file of the source is there, byte for byte."""
+        assert self.source is not None and self.source.checkpoint is not None
+        folder = self.source.checkpoint.folder
+        for path in checkpoint.side_files(folder):
+            copy = self.files_out.folder / path.relative_to(folder)
+            if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
+                self.differences.append(f"{path.relative_to(folder)}: differs from the source's, or is missing")
+
+    def errors(self) -> dict[str, float]:
+        """Relative error of every encoded weight against the source."""
+        assert self.source is not None
+        found: dict[str, float] = {}
+        for prefix in ("", *(b.prefix for b in self.out.blocks)):
+            inside = tuple(b.prefix for b in self.out.blocks)
+            names = [
+                m + ".weight" for m in self.out.schemes
+                if (m.startswith(prefix) if prefix else not m.startswith(inside or ("\0",)))
+            ]
+            names = [n for n in names if n in self.source.params]
+            if names:
+                found |= self._errors(prefix, names)
+        for name, error in found.items():
+            if not error < LARGEST_ERROR:
+                self.differences.append(
+                    f"{name}: decodes to something else than the source (relative error {error:.3g}, "
+                    f"at most {LARGEST_ERROR} is plausible)"
+                )
+        return found
+
+    def _errors(self, prefix: str, names: list[str]) -> dict[str, float]:
+        assert self.source is not None
+        n = len(prefix)
+        encoded = {name[n:]: self.out.params[name] for name in names}
+        weights: dict[str, Any] = {name[n:]: self.source.params[name] for name in names}
+        sites = next((sites for block, sites in _sites(self.out) if block.prefix == prefix), ())
+        folded = [s for s in sites if s.producer] if set(self.rewritten()) else []
+        if folded:
+            gains = {s.producer: s.producer for s in folded if s.producer and s.producer not in encoded}
+            before = {g: self.source.params[prefix + g] for g in gains}
+            after = {g: self.out.params[prefix + g] for g in gains}
+            weights = smoothed(weights, encoded, before, after, folded)
+        values = relative_errors(encoded, weights)
+        return {prefix + k: float(v) for k, v in values.items()}
+
+
+@jax.jit
+def relative_errors(encoded: Mapping[str, QTensor], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """|W - decoded| / |W| (Frobenius) by name; a zero tensor that decodes to zero has error 0."""
+    out = {}
+    for name, q in encoded.items():
+        w = jnp.asarray(weights[name]).astype(jnp.float32)
+        e, n = jnp.sum(jnp.square(w - q.format.decode(q))), jnp.sum(jnp.square(w))
+        out[name] = jnp.where(e == 0, 0.0, jnp.sqrt(e / n))
+    return out
+
+
+def smoothed(
+    weights: dict[str, Any],
+    encoded: Mapping[str, QTensor],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    sites: list[trace.Site],
+) -> dict[str, Any]:
+    """The source's weights with the per-channel scales that the output folded, so that only rounding is left.
+
+    A gain gives its scales as before / after; a linear (`up` before `down`) by least squares over its row.
+    """
+    out = {n: np.asarray(w, np.float32) for n, w in weights.items()}
+    for s in sorted(sites, key=lambda s: s.producer in encoded):
+        if s.weight not in out or s.producer is None:
+            continue
+        if s.producer in encoded:
+            mine = np.asarray(encoded[s.producer].format.decode(encoded[s.producer]))
+            full = out[s.producer]
+            square = np.sum(mine * mine, axis=1)
+            scale = np.where(square > 0, np.sum(full * mine, axis=1) / np.where(square > 0, square, 1), 1)
+            out[s.producer] = full / np.where(scale == 0, 1, scale)[:, None]
+        else:
+            gain = np.asarray(after[s.producer], np.float32)
+            scale = np.where(gain == 0, 1, np.asarray(before[s.producer], np.float32) / np.where(gain == 0, 1, gain))
+        out[s.weight] = out[s.weight] * scale[None, :]
+    return out
+
+
+def _sites(m: Model) -> Iterator[tuple[Block, tuple[trace.Site, ...]]]:
+    for block in m.blocks:
+        yield block, m.sites(block)
+
+
+def _fused(m: Model) -> Iterator[tuple[str, ...]]:
+    for block in m.blocks:
+        for modules in m._family.FUSED:
+            yield tuple(f"{block.prefix}{module}.weight" for module in modules)
+
+
+def _narrow(files: checkpoint.Checkpoint, name: str) -> bool:
+    return np.dtype(files.spec(name).dtype).itemsize < 2
+
+
+def _bytes(a: Any) -> bytes:
+    return np.ascontiguousarray(a).tobytes()
+
+
+def _steps(folder: Path) -> list[str] | None:
+    path = folder / "mojax.json"
+    recipe = checkpoint.read_json(path).get("recipe") if path.exists() else None
+    return [next(iter(s)) if isinstance(s, dict) else s for s in recipe["steps"]] if recipe else None

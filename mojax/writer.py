@@ -1,0 +1,200 @@
+"""Writing a checkpoint: shards as blocks finish, everything in OUT.partial, the rename to OUT last of all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mojax import checkpoint
+from mojax.errors import InputError
+from mojax.formats.base import QTensor
+from mojax.model import INPUT, Model
+from mojax.planner import Plan, Row
+
+
+class Unit(NamedTuple):
+    """What is written together: the tensors outside the blocks, or one block, in one or more files."""
+
+    prefix: str
+    files: tuple[tuple[str, tuple[Row, ...]], ...]  # (file name, rows)
+
+
+def units(plan: Plan, model: Model, max_shard_size: int = 5 * 10**9) -> tuple[Unit, ...]:
+    """The files of the output, their numbers fixed by the plan: first what is outside the blocks, then each block."""
+    groups = [(p, [r for r in plan.rows if r.block == p]) for p in ("", *(b.prefix for b in model.blocks))]
+    pieces: list[tuple[str, list[list[Row]]]] = []
+    for prefix, rows in groups:
+        parts: list[list[Row]] = [[]]
+        size = 0
+        for row in rows:
+            if parts[-1] and size + row.after > max_shard_size:
+                parts.append([])
+                size = 0
+            parts[-1].append(row)
+            size += row.after
+        pieces.append((prefix, [part for part in parts if part]))
+    total = sum(len(parts) for _, parts in pieces)
+    names = (f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total))
+    return tuple(Unit(prefix, tuple((next(names), tuple(p)) for p in parts)) for prefix, parts in pieces)
+
+
+class Writer:
+    """An output folder under construction.
+
+    Args:
+      out: must not exist; `<out>.partial` is made, or resumed if its fingerprint is the same.
+      facts: what the output depends on (source, recipe, data, versions); written as mojax.json.
+    Raises:
+      InputError: `out` exists; `<out>.partial` belongs to another run (the message says what differs); too
+        little disk.
+    """
+
+    def __init__(self, out: Path, plan: Plan, model: Model, facts: Mapping[str, Any], max_shard_size: int = 5 * 10**9):
+        self.out, self.plan, self.model = out, plan, model
+        self.partial = out.with_name(out.name + ".partial")
+        self.units = units(plan, model, max_shard_size)
+        self.source = model.checkpoint
+        refuse(out)
+        _room(out, plan.bytes_after)
+        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+        record = self.partial / "mojax.json"
+        if self.partial.exists():
+            _same(self.partial, record, json.loads(text))
+        self.partial.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            checkpoint.write_text(record, text)
+
+    def done(self, unit: Unit) -> bool:
+        """Whether an interrupted run has finished this unit: its files are renamed into place when complete."""
+        return all((self.partial / name).exists() for name, _ in unit.files)
+
+    def write(self, unit: Unit, params: Mapping[str, Any]) -> None:
+        """Write one unit from its leaves; encoded ones in the plan's dialect, the others as their bytes are."""
+        for i, (name, rows) in enumerate(unit.files):
+            tensors: dict[str, np.ndarray] = {}
+            for row in rows:
+                tensors |= self._tensors(row, params)
+            if i == 0 and self.plan.cache is not None:
+                tensors |= self._cache(params)
+            checkpoint.write_shard(self.partial / name, tensors)
+
+    def _tensors(self, row: Row, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        leaf = params[row.name]
+        if row.scheme is None:
+            return {row.name: np.asarray(leaf)}
+        assert isinstance(leaf, QTensor)
+        module = row.name.removesuffix(".weight")
+        amax = params.get(module + INPUT)
+        return self.plan.dialect.write(module, leaf, row.scheme, None if amax is None else np.float32(amax))
+
+    def _cache(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        tensors: dict[str, np.ndarray] = {}
+        for name in params:
+            if name.endswith(".k_cache" + INPUT):
+                attention = name.removesuffix(".k_cache" + INPUT)
+                k, v = (np.float32(params[f"{attention}.{kv}_cache{INPUT}"]) for kv in "kv")
+                tensors |= self.plan.dialect.write_cache(attention, k, v, self.model.dtype)
+        return tensors
+
+    def finish(self) -> None:
+        """The config, the copied files, and the index last."""
+        assert self.source is not None
+        for path in checkpoint.side_files(self.source.folder):
+            target = self.partial / path.relative_to(self.source.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        files = self.plan.dialect.config(self.plan.schemes, ignored(self.plan, self.model), self.plan.cache)
+        config = dict(self.model.config) | {"quantization_config": files["quantization_config"]}
+        checkpoint.write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, content in files.items():
+            if name.endswith(".json"):
+                checkpoint.write_text(self.partial / name, json.dumps(content, indent=4) + "\n")
+        weight_map, total = {}, 0
+        for unit in self.units:
+            for name, _ in unit.files:
+                for tensor, entry in checkpoint.read_entries(self.partial / name).items():
+                    weight_map[tensor] = name
+                    total += entry.stop - entry.start
+        checkpoint.write_index(self.partial, weight_map, total)
+
+    def rename(self, suffix: str = "") -> Path:
+        """The last act: OUT.partial becomes OUT, or OUT.rejected."""
+        target = self.out.with_name(self.out.name + suffix)
+        refuse(target)
+        os.rename(self.partial, target)
+        return target
+
+
+def ignored(plan: Plan, model: Model) -> list[str]:
+    """Every Linear module that was not encoded, in full names, the tied head that has no tensor of its own included."""
+    names = [r.name.removesuffix(".weight") for r in plan.rows if r.scheme is None and r.role in ("linear", "head")]
+    tied = model.config.get("tie_word_embeddings", False) or "lm_head.weight" not in {r.name for r in plan.rows}
+    if tied and model.family is not None:
+        names = [n for n in names if n != "model.embed_tokens"] + ["lm_head"]
+    return list(dict.fromkeys(names))
+
+
+def refuse(out: Path) -> None:
+    """An existing output is never touched."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; choose another --out, or remove it first")
+
+
+def _same(partial: Path, record: Path, wanted: Mapping[str, Any]) -> None:
+    if not record.exists():
+        raise InputError(f"{partial}: exists, but was not begun by mojax; choose another --out, or remove it")
+    found = checkpoint.read_json(record)
+    differing = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+    if differing:
+        raise InputError(
+            f"{partial}: was begun with another {', '.join(differing)}; run the same command as then to go on, "
+            "choose another --out, or remove it to begin again"
+        )
+
+
+def _room(out: Path, needed: int) -> None:
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05:
+        raise InputError(
+            f"{out}: needs {math.ceil(needed * 1.05 / 1e6)} MB of disk, {free // 10**6} MB are free; "
+            "free some, or choose an --out on another disk"
+        )
+
+
+def export(model: Model, out: str | Path, *, plan: Plan, max_shard_size: int = 5 * 10**9) -> Path:
+    """Write a model whose weights are encoded (from `apply`) as a checkpoint folder.
+
+    Args:
+      out: a new folder.
+      plan: the plan that the model was made with.
+    Returns:
+      the folder, after it was read back and verified.
+    Raises:
+      InputError: `out` exists, or too little disk.
+      VerifyError: what was written is not what was meant; `<out>.partial` is left for a look.
+    """
+    from mojax import verify
+
+    facts = {"plan": verify.plan_facts(plan)}
+    writer = Writer(Path(out), plan, model, facts, max_shard_size)
+    for unit in writer.units:
+        writer.write(unit, unit_params(model, unit))
+    writer.finish()
+    verify.verify(writer.partial, reference=model.checkpoint.folder if model.checkpoint else None, plan=plan)
+    return writer.rename()
+
+
+def unit_params(model: Model, unit: Unit) -> dict[str, Any]:
+    """The leaves of one unit, statistics of inputs included."""
+    names: Iterable[str] = (r.name for _, rows in unit.files for r in rows)
+    if unit.prefix:
+        names = [n for n in model.params if n.startswith(unit.prefix)]
+    return {n: model.params[n] for n in names}
