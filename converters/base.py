@@ -123,7 +123,7 @@ def refusal(
         return None
     others = " or ".join(f"--target={name}" for name in TARGETS if name in able)
     reason = reasons.get((*pair, target)) or (
-        f"it has no loader for this pair; use {others or 'another recipe, no server loads it in this dialect'}"
+        f"it has no loader for this pair; use {others or 'another recipe: no server loads it so'}"
     )
     return f"{target} cannot load {label(scheme)} in the {dialect} dialect: {reason}"
 
@@ -134,30 +134,39 @@ def narrow(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
     Raises:
       InputError: some value does not fit exactly; a server would round it.
     """
+    if values.dtype == dtype:
+        return values
     narrowed = values.astype(dtype)
     wrong = np.count_nonzero(narrowed.astype(np.float32) != values.astype(np.float32))
     if wrong:
         raise InputError(
-            f"{name}: {wrong} of {values.size} scales are {values.dtype} values that {np.dtype(dtype)} cannot hold"
-            " exactly, and servers would round them; quantize the unquantized source to this dialect instead"
+            f"{name}: {wrong} of {values.size} scales are {values.dtype} values that {np.dtype(dtype)}"
+            " cannot hold exactly, and servers would round them;"
+            " quantize the unquantized source to this dialect instead"
         )
     return narrowed
 
 
-def expect(name: str, array: np.ndarray, dtypes: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """`array` in `shape`; axes of length 1 may differ, since writers do not agree on them.
+def expect(name: str, get: Get, dtypes: tuple[Any, ...], shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The tensor `name`, in `shape`; axes of length 1 may differ, since writers do not agree on them.
 
     Raises:
-      InputError: another dtype or another shape.
+      InputError: it is missing, or has another dtype or another shape.
     """
+    advice = "; if the module is not encoded, add it to the config's list of ignored modules"
+    try:
+        array = get(name)
+    except KeyError:
+        raise InputError(f"{name} is missing, the config says it is encoded{advice}") from None
     if array.dtype not in dtypes:
         wanted = " or ".join(str(np.dtype(d)) for d in dtypes)
-        raise InputError(
-            f"{name} is {array.dtype}, the config says {wanted}; if the module is not encoded, add it to the"
-            " config's list of ignored modules"
-        )
+        raise InputError(f"{name} is {array.dtype}, the config says {wanted}{advice}")
+    if shape is None:
+        return array
     if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
-        raise InputError(f"{name} has shape {list(array.shape)}, its scheme needs {list(shape)}; the file is damaged")
+        raise InputError(
+            f"{name} has shape {list(array.shape)}, its scheme needs {list(shape)}; the file is damaged"
+        )
     return array.reshape(shape)
 
 
@@ -182,25 +191,36 @@ RANGES = {
 }
 
 
-def amax_of(format: Format, outer: np.ndarray) -> np.float32:
-    """The calibrated maximum whose outer scale is `outer`: the inverse of `format.outer` with as_read.
+def _divides(format: Format) -> bool:
+    """Whether inputs are multiplied by the outer scale: it is a divisor of what decodes."""
+    return (format.name, format.arithmetic) == ("nvfp4", "checkpoint")
 
-    Multiplying and dividing again can be one unit off in float32, so the neighbours are tried as well.
+
+def amax_of(format: Format, outer: np.ndarray) -> np.float32:
+    """The maximum whose outer scale is `outer`: the inverse of `outer_of`, float32.
+
+    Multiplying and dividing again can be one unit off, so the neighbours are tried as well.
     """
     outer = np.float32(outer)
     if outer == 0:
         return outer
     largest = np.float32(RANGES[format.name, format.arithmetic])
-    divisor = (format.name, format.arithmetic) == ("nvfp4", "checkpoint")
-    amax = largest / outer if divisor else outer * largest
-    for near in (amax, np.nextafter(amax, np.float32(0)), np.nextafter(amax, np.float32(np.inf))):
-        if outer == (largest / near if divisor else near / largest):
-            return near
-    return amax
+    amax = largest / outer if _divides(format) else outer * largest
+    neighbours = (amax, np.nextafter(amax, np.float32(0)), np.nextafter(amax, np.float32(np.inf)))
+    return next((a for a in neighbours if outer_of(format, a) == outer), amax)
+
+
+def outer_of(format: Format, amax: Any) -> np.ndarray:
+    """The outer scale, float32 `[]`, of an input that was read: plain float32, the inverse of `amax_of`."""
+    amax = np.asarray(amax, np.float32).reshape(())
+    if amax == 0:
+        return amax
+    largest = np.float32(RANGES[format.name, format.arithmetic])
+    return np.asarray(largest / amax if _divides(format) else amax / largest)
 
 
 def static_outer(format: Format, module: str, amax: Any, dtype: Any) -> np.ndarray:
-    """The outer scale of a static input, float32 `[]`.
+    """The outer scale of a static input, float32 `[]`, rounded by the format unless it was read so.
 
     Raises:
       InputError: no maximum was calibrated.
@@ -210,6 +230,8 @@ def static_outer(format: Format, module: str, amax: Any, dtype: Any) -> np.ndarr
             f"{module}.input_scale: {kind(format)} inputs need a maximum from calibration and there is none;"
             " calibrate, or use a recipe with dynamic inputs"
         )
+    if format.as_read:
+        return outer_of(format, amax)
     return np.asarray(format.outer(np.float32(amax), np.dtype(dtype)), np.float32).reshape(())
 
 

@@ -49,13 +49,13 @@ def parse(config: dict[str, Any], extra: dict[str, Any] | None, modules: Sequenc
     block = tuple(found.get("weight_block_size") or ())
     if block not in BLOCKS:
         raise InputError(
-            f"quantization_config.weight_block_size is {found.get('weight_block_size')!r}; only [128, 128] and"
-            " [1, 32] are read; start from the unquantized checkpoint"
+            f"quantization_config.weight_block_size is {found.get('weight_block_size')!r}; only [128, 128]"
+            " and [1, 32] are read; start from the unquantized checkpoint"
         )
     if found.get("activation_scheme", "dynamic") != "dynamic":
         raise InputError(
-            f"quantization_config.activation_scheme is {found['activation_scheme']!r}; only 'dynamic' is read;"
-            " start from the unquantized checkpoint"
+            f"quantization_config.activation_scheme is {found['activation_scheme']!r}; only 'dynamic' is"
+            " read; start from the unquantized checkpoint"
         )
     format = as_read(BLOCKS[block], ARITHMETIC)
     assert format is not None
@@ -81,13 +81,12 @@ def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, No
     Raises:
       InputError: a tensor of another dtype or shape than the scheme says.
     """
-    codes = get(f"{module}.weight")
-    codes = expect(f"{module}.weight", codes, (E4M3,), codes.shape)
+    codes = expect(f"{module}.weight", get, (E4M3,))
     n, k = codes.shape
     name = f"{module}.weight_scale_inv"
     if scheme.weights.name == "mxfp8":
-        inner = expect(name, get(name), (np.dtype(np.uint8), E8M0), (n, k // 32)).view(np.uint8)
+        inner = expect(name, get, (np.dtype(np.uint8), E8M0), (n, k // 32)).view(np.uint8)
     else:
         shape = (-(-n // 128), -(-k // 128))
-        inner = expect(name, get(name), (*FLOATS, E8M0), shape).astype(np.float32)
+        inner = expect(name, get, (*FLOATS, E8M0), shape).astype(np.float32)
     return QTensor(codes, {"inner": inner}, scheme.weights, (n, k), np.dtype(dtype)), None

@@ -17,7 +17,7 @@ _HOME = {
     "Model": "mojax.model",
     "load": "mojax.model",
     "plan": "mojax.planner",
-    "calibrate": "mojax.calibration",
+    "calibrate": "mojax.pipeline",
     "apply": "mojax.pipeline",
     "evaluate": "mojax.evaluation",
     "export": "mojax.writer",

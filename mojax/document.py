@@ -1,21 +1,83 @@
-"""A file of plain data that a person wrote: read strictly, and every complaint says the place.
+"""One recipe file: read strictly, and every complaint says the place.
 
-YAML is taken as data only: no tags, no `<<`, a key once. `at` is the place in the words of the
-message, such as `my.yaml: rules[2]`.
+YAML is taken as data only: no tags, no `<<`, a key once. `at` is the place in the words of the message, such as
+`my.yaml: rules[2]`. Names of formats and steps are checked against the files of their room without importing
+them; whether they know an option is checked when the plan is made.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import runpy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from mojax import find
 from mojax.errors import InputError, nearest
 
-LARGEST = 1_000_000  # bytes; such a file is a page, and YAML aliases can make a small file a huge tree
+LARGEST = 1_000_000  # bytes; a recipe is a page, and YAML aliases can make a small file a huge tree
 LONGEST = 1_000  # characters of one text
+SAYS = ("weights", "inputs", "kv_cache", "share_scale")  # what a rule can say
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What becomes of the tensors whose name fits `match`; None: this rule does not say.
+
+    Attributes:
+      match: a glob on the tensor's full name, which ends in `.weight`; `*` crosses dots.
+      weights: `{"format": name, **options}`, or "keep" for as they are.
+      inputs: `{"format": name, **options}`, or "none" for as they are.
+      kv_cache: a format name, or "none".
+      share_scale: linears that a server fuses share one per-tensor scale.
+      optional: the rule may match nothing; always True in a shipped recipe.
+      shipped: the rule comes from a shipped recipe, not from a user's.
+    """
+
+    match: str
+    weights: dict[str, Any] | Literal["keep"] | None = None
+    inputs: dict[str, Any] | Literal["none"] | None = None
+    kv_cache: str | None = None
+    share_scale: bool | None = None
+    optional: bool = False
+    shipped: bool = dataclasses.field(default=False, compare=False)
+
+
+class Calibration(NamedTuple):
+    """Which text calibrates: `builtin` or a file, and how many sequences of how many tokens."""
+
+    text: str = "builtin"
+    sequences: int = 64
+    length: int = 256
+    seed: int = 0
+
+
+class Menu(NamedTuple):
+    """What `mojax recipes` says of a shipped recipe; None where nothing was measured."""
+
+    hardware: str
+    needs_data: bool
+    bits_per_weight: float | None = None  # all tensors of the built-in model
+    kl_tiny: float | None = None  # nats per token, on the built-in model and text
+
+
+class Document(NamedTuple):
+    """What one file says, checked, its parents not looked at yet. None or empty: nothing said."""
+
+    name: str
+    extends: tuple[str, ...]
+    description: str | None
+    rules: tuple[Rule, ...]
+    steps: tuple[tuple[str, dict[str, Any]], ...] | None
+    calibration: dict[str, Any]
+    limits: dict[str, float | None]
+    menu: Menu | None
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read(path: Path, at: str, trust_python: bool) -> Any:
@@ -82,6 +144,140 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# ---------------------------------------------------------------- checking what a file says
+
+
+def check(at: str, data: Any, stem: str, *, shipped: bool) -> Document:
+    """What the data of a file says, for a file called `stem`; the first thing wrong raises InputError."""
+    if data is None:
+        raise InputError(f"{at}: empty; a recipe is a mapping with `rules` or `extends`")
+    known = ("name", "extends", "description", "rules", "steps", "calibration", "limits", "menu")
+    data = mapping(at, data, known, separator=": ")
+    extends = data.get("extends", [])
+    extends = sequence(f"{at}: extends", [extends] if isinstance(extends, str) else extends)
+    description = data.get("description")
+    if "description" in data:
+        description = text(f"{at}: description", description, empty=True).strip()
+        if len(description.splitlines()) > 1:
+            raise InputError(f"{at}: description: more than one line; it is one line of the menu")
+    rules = sequence(f"{at}: rules", data.get("rules", []))
+    steps = None
+    if "steps" in data:
+        named = sequence(f"{at}: steps", data["steps"])
+        steps = tuple(_step(f"{at}: steps[{i}]", step) for i, step in enumerate(named))
+        if not steps:
+            raise InputError(f"{at}: steps: empty; rounding to nearest is `steps: [rtn]`")
+    return Document(
+        text(f"{at}: name", data.get("name", stem)),
+        tuple(text(f"{at}: extends[{i}]", e) for i, e in enumerate(extends)),
+        description,
+        tuple(_rule(f"{at}: rules[{i}]", rule, shipped) for i, rule in enumerate(rules)),
+        steps,
+        calibration(f"{at}: calibration", data.get("calibration", {})),
+        _limits(f"{at}: limits", data.get("limits", {})),
+        _menu(f"{at}: menu", data["menu"]) if "menu" in data else None,
+    )
+
+
+def _rule(at: str, value: Any, shipped: bool) -> Rule:
+    value = mapping(at, value, ("match", *SAYS, "optional"))
+    if "match" not in value:
+        raise InputError(f'{at}: no `match`; it is a glob on tensor names, `match: "*.down_proj.weight"`')
+    if not any(key in value for key in SAYS):
+        raise InputError(f"{at}: says nothing; it needs one of {', '.join(SAYS)}")
+    checks = {
+        "weights": functools.partial(_choice, "keep"),
+        "inputs": functools.partial(_choice, "none"),
+        "kv_cache": _cache,
+        "share_scale": flag,
+    }
+    return Rule(
+        match=text(f"{at}.match", value["match"]),
+        **{key: check(f"{at}.{key}", value[key]) for key, check in checks.items() if key in value},
+        optional=flag(f"{at}.optional", value.get("optional", False)) or shipped,
+        shipped=shipped,
+    )
+
+
+def _cache(at: str, value: Any) -> str:
+    return "none" if value == "none" else _format(at, text(at, value), "none")
+
+
+def _choice(word: str, at: str, value: Any) -> dict[str, Any] | str:
+    """A format with its options, or `word`."""
+    if isinstance(value, str):
+        return word if value == word else {"format": _format(at, value, word)}
+    if not isinstance(value, dict):
+        raise InputError(f"{at}: found {show(value)}, needed a format's name, {{format: name}}, or {word}")
+    if "format" not in value:
+        raise InputError(f"{at}: no `format`; it is a mapping like {{format: nvfp4}}")
+    name = _format(f"{at}.format", text(f"{at}.format", value["format"]), word)
+    return {"format": name} | _options(at, {k: v for k, v in value.items() if k != "format"}, lists=False)
+
+
+def _format(at: str, name: str, word: str) -> str:
+    known = find.names("formats")
+    if (wanted := name.replace("-", "_")) in known:
+        return wanted
+    raise InputError(f"{at}: unknown format {show(name)}{nearest(wanted, (*known, word))}")
+
+
+def _step(at: str, value: Any) -> tuple[str, dict[str, Any]]:
+    """`rtn` or `{gptq: {damping: 0.01}}`."""
+    if isinstance(value, dict) and len(value) == 1:
+        name, options = next(iter(value.items()))
+    elif isinstance(value, str):
+        name, options = value, {}
+    else:
+        raise InputError(f"{at}: found {show(value)}; a step is a name, or one name with its options")
+    known = find.names("transforms")
+    wanted = text(at, name).replace("-", "_")
+    if wanted not in known:
+        raise InputError(f"{at}: unknown step {show(name)}{nearest(wanted, known)}")
+    return wanted, _options(f"{at}.{wanted}", options, lists=True)
+
+
+def _options(at: str, value: Any, *, lists: bool) -> dict[str, Any]:
+    """Names and plain values; which of them a format or step knows is checked when the plan is made."""
+    for key, v in mapping(at, value, None).items():
+        for each in v if lists and isinstance(v, list) else [v]:
+            number = isinstance(each, int | float) and abs(each) < 2.0**63  # NaN is not
+            if not number and not isinstance(each, str):
+                raise InputError(f"{at}.{key}: found {show(each)}, needed a number, a word, true or false")
+    return dict(value)
+
+
+def calibration(at: str, value: Any, separator: str = ".") -> dict[str, Any]:
+    """Some fields of a Calibration."""
+    least = {"sequences": 1, "length": 1, "seed": 0}
+    checked = {}
+    for key, v in mapping(at, value, Calibration._fields).items():
+        place = f"{at}{separator}{key}"
+        checked[key] = text(place, v) if key == "text" else whole(place, v, least[key])
+    return checked
+
+
+def _limits(at: str, value: Any) -> dict[str, float | None]:
+    """`kl_mean` in nats per token; null takes a parent's limit away."""
+    return {
+        key: None if v is None else positive(f"{at}.{key}", v)
+        for key, v in mapping(at, value, ("kl_mean",)).items()
+    }
+
+
+def _menu(at: str, value: Any) -> Menu:
+    value = mapping(at, value, Menu._fields)
+    measured = {
+        key: None if value.get(key) is None else positive(f"{at}.{key}", value[key])
+        for key in ("bits_per_weight", "kl_tiny")
+    }
+    hardware = text(f"{at}.hardware", value.get("hardware"))
+    return Menu(hardware, flag(f"{at}.needs_data", value.get("needs_data")), **measured)
+
+
+# ---------------------------------------------------------------- values
 
 
 def mapping(at: str, value: Any, known: tuple[str, ...] | None, separator: str = ".") -> dict[str, Any]:

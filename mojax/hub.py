@@ -38,10 +38,10 @@ def download(source: str, *, revision: str | None = None) -> Path:
     """
     hub = _client(source)
     with _explained(source, revision):
-        commit, names = _inspect(hub, source, revision)
+        names = _list_files(hub, source, revision)
         if names is not None and not any(n.endswith(".safetensors") for n in names):
             choose_shards(source, names, None)  # raises before anything is downloaded
-        return Path(hub.snapshot_download(source, revision=commit, ignore_patterns=_UNUSED))
+        return Path(hub.snapshot_download(source, revision=revision, ignore_patterns=_UNUSED))
 
 
 def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
@@ -52,9 +52,10 @@ def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
     """
     hub = _client(source)
     with _explained(source, revision):
-        commit, names = _inspect(hub, source, revision)
-        small = hub.snapshot_download(source, revision=commit, allow_patterns=_SMALL, ignore_patterns=_UNUSED)
-    folder = Path(small)
+        names = _list_files(hub, source, revision)
+        folder = Path(
+            hub.snapshot_download(source, revision=revision, allow_patterns=_SMALL, ignore_patterns=_UNUSED)
+        )
     if names is None:
         return open_checkpoint(folder)  # what the cache has
     config = read_config(folder)
@@ -62,14 +63,16 @@ def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
     indexed = read_index(index) if index.exists() else None
     files = [folder / n for n in choose_shards(source, names, indexed)]
     with _explained(source, revision), ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda file: _fetch_header(hub, source, commit, file), files))
+        headers = list(pool.map(lambda file: _fetch_header(hub, source, file), files))
     entries = join_shards(dict(zip(files, headers, strict=True)), indexed, index)
     return Checkpoint(folder, config, entries, headers_only=True)
 
 
 def _client(source: str) -> Any:
     try:
-        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise InputError(
             f"{source!r}: no such folder; to read it from the hub: pip install 'mojax[hf]'"
@@ -77,21 +80,23 @@ def _client(source: str) -> Any:
     return huggingface_hub
 
 
-def _inspect(hub: Any, source: str, revision: str | None) -> tuple[str | None, list[str] | None]:
-    """The commit and the names of its top-level files; `(revision, None)` when the hub cannot be reached."""
+def _list_files(hub: Any, source: str, revision: str | None) -> list[str] | None:
+    """The names of the top-level files; None when the hub cannot be reached."""
     if hub.constants.HF_HUB_OFFLINE:
-        return revision, None
+        return None
     try:
         info = hub.HfApi().model_info(source, revision=revision)
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
-        raise
-    except Exception:  # no connection: the cache may have the model; the download that follows says if not
-        return revision, None
-    return info.sha, sorted(s.rfilename for s in info.siblings or () if "/" not in s.rfilename)
+    except Exception as error:
+        if isinstance(error, hub.errors.HfHubHTTPError) or not _of_transport(error):
+            raise
+        return None  # the cache may have the model; the download that follows says if not
+    return sorted(s.rfilename for s in info.siblings or () if "/" not in s.rfilename)
 
 
-def _fetch_header(hub: Any, source: str, commit: str | None, file: Path) -> list[Entry]:
-    url = hub.hf_hub_url(source, file.name, revision=commit)
+def _fetch_header(hub: Any, source: str, file: Path) -> list[Entry]:
+    url = hub.hf_hub_url(
+        source, file.name, revision=file.parent.name
+    )  # a snapshot's folder is named by its commit
     data, size = _fetch(hub, url, 0, _FIRST)
     length = header_length(data[:8], size, file)
     if len(data) < 8 + length:
@@ -130,7 +135,14 @@ def _explained(source: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise InputError(
-            f"{source!r}: no such folder, not in the cache, and the hub is not reachable or HF_HUB_OFFLINE set"
+            f"{source!r}: no such folder, not in the cache, and the hub is not reachable (or HF_HUB_OFFLINE)"
         ) from error
-    except Exception as error:  # the client's transport errors have no base class of their own
+    except Exception as error:
+        if not _of_transport(error) and not isinstance(error, errors.HFValidationError):
+            raise
         raise InputError(f"{source}: the hub could not be read: {type(error).__name__}: {error}") from error
+
+
+def _of_transport(error: Exception) -> bool:
+    """Whether the client's HTTP library raised this: httpx or its successor, whose errors are no OSError."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0].startswith("httpx")

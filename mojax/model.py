@@ -213,7 +213,7 @@ def load(source: str | Path, *, revision: str | None = None, generic: bool = Fal
       InputError: no such source, an unknown model_type, a broken file.
       PlanError: tensors that are missing or contradict config.json, all of them.
     """
-    files = checkpoint.open_source(str(source), revision=revision, headers_only=headers_only)
+    files = checkpoint.locate(source, revision=revision, headers_only=headers_only)
     config = files.config
     kind = str(config.get("model_type", ""))
     family = None
@@ -226,12 +226,17 @@ def load(source: str | Path, *, revision: str | None = None, generic: bool = Fal
         )
     from mojax.converters import base as dialects  # reading a quantized checkpoint needs a converter
 
-    dialect = dialects.dialect(config, files)
+    dialect = dialects.dialect(config, file_names(files))
     model = Model(config, files, family, files)
     if dialect is None:
         _check_shapes(model, {name: files.spec(name).shape for name in files})
         return model
     return _encoded(model, dialect)
+
+
+def file_names(files: checkpoint.Checkpoint) -> list[str]:
+    """The names of the checkpoint's own files, as far as they are on this machine."""
+    return [p.name for p in files.folder.iterdir()] if files.folder.is_dir() else []
 
 
 def _check_shapes(model: Model, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import mojax
 from mojax import calibration, evaluation, model_card, text, verify
 from mojax.calibration import Stats, calibrate_block
 from mojax.checkpoint import Checkpoint
@@ -200,7 +201,7 @@ def fingerprint(files: Checkpoint, todo: Plan, seen: text.Tokens | None) -> dict
         "target": todo.target,
         "data": {"origin": seen.origin, "sha256": seen.digest} if seen else None,
         "seed": todo.recipe.calibration.seed,
-        "versions": {p: importlib.metadata.version(p) for p in ("mojax", *packages)},
+        "versions": {"mojax": mojax.__version__} | {p: importlib.metadata.version(p) for p in packages},
     }
 
 

@@ -249,8 +249,8 @@ class _Planner:
         return sites, roles
 
     def _struct(self, name: str) -> jax.ShapeDtypeStruct:
-        shape, dtype = self.files.spec(name)
-        return jax.ShapeDtypeStruct(shape, dtype)
+        spec = self.files.spec(name)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
 
     def _role(self, name: str, shape: tuple[int, ...]) -> str:
         if name in self.roles:
@@ -265,7 +265,7 @@ class _Planner:
         return "norm" if "norm" in name and len(shape) == 1 else "other"
 
     def _row(self, name: str, rewritten: set[str]) -> Row:
-        shape, dtype = self.files.spec(name)
+        dtype, shape = self.files.spec(name)
         role = self._role(name, shape)
         before = int(np.prod(shape)) * np.dtype(dtype).itemsize
         prefix = next((b.prefix for b in self.model.blocks if name.startswith(b.prefix)), "")

@@ -1,10 +1,10 @@
 """A recipe is ordered rules and steps, as data: what becomes of a weight, said before any weight is read.
 
-The last rule whose `match` fits a tensor's name wins, key by key; `*` crosses dots. `extends` puts the parents'
-rules first, each parent once. A child's `steps` and `description` replace its parents'; its `calibration` and
-`limits` are laid over theirs key by key.
+The last rule whose `match` fits a tensor's name wins, key by key; `*` crosses dots. `extends` puts the
+parents' rules first, each parent once. A child's `steps` and `description` replace its parents'; its
+`calibration` and `limits` are laid over theirs key by key.
 
-Nothing here imports jax or a format: names are checked against the files of a room, options by the plan.
+A single file and its checks are in `mojax.document`. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import dataclasses
 import fnmatch
 import importlib.resources
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from mojax import find
-from mojax.document import flag, mapping, positive, read, sequence, show, text, whole
+from mojax import document
+from mojax.document import SAYS, Calibration, Document, Menu, Rule
 from mojax.errors import InputError, nearest
 
 # What others call the same thing: compressed-tensors' presets, then ModelOpt's constants without `_CFG`.
@@ -45,47 +46,6 @@ CALLED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """What becomes of the tensors whose name fits `match`; None: this rule does not say.
-
-    Attributes:
-      match: a glob on the tensor's full name, which ends in `.weight`; `*` crosses dots.
-      weights: `{"format": name, **options}`, or "keep" for as they are.
-      inputs: `{"format": name, **options}`, or "none" for as they are.
-      kv_cache: a format name, or "none".
-      share_scale: linears that a server fuses share one per-tensor scale.
-      optional: the rule may match nothing; always True in a shipped recipe.
-      shipped: the rule comes from a shipped recipe, not from a user's.
-    """
-
-    match: str
-    weights: dict[str, Any] | Literal["keep"] | None = None
-    inputs: dict[str, Any] | Literal["none"] | None = None
-    kv_cache: str | None = None
-    share_scale: bool | None = None
-    optional: bool = False
-    shipped: bool = dataclasses.field(default=False, compare=False)
-
-
-class Calibration(NamedTuple):
-    """Which text calibrates: `builtin` or a file, and how many sequences of how many tokens."""
-
-    text: str = "builtin"
-    sequences: int = 64
-    length: int = 256
-    seed: int = 0
-
-
-class Menu(NamedTuple):
-    """What `mojax recipes` says of a shipped recipe; None where nothing was measured."""
-
-    hardware: str
-    needs_data: bool
-    bits_per_weight: float | None = None  # all tensors of the built-in model
-    kl_tiny: float | None = None  # nats per token, on the built-in model and text
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Rules and steps, parents included. `limits`: `{"kl_mean": nats per token}`, empty for none."""
 
@@ -96,19 +56,6 @@ class Recipe:
     calibration: Calibration
     limits: dict[str, float]
     menu: Menu | None = None
-
-
-class _Document(NamedTuple):
-    """What one file says, checked, its parents not looked at yet. None or empty: nothing said."""
-
-    name: str
-    extends: tuple[str, ...]
-    description: str | None
-    rules: tuple[Rule, ...]
-    steps: tuple[tuple[str, dict[str, Any]], ...] | None
-    calibration: dict[str, Any]
-    limits: dict[str, float | None]
-    menu: Menu | None
 
 
 # ---------------------------------------------------------------- using a recipe
@@ -132,7 +79,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], trust_python: bool = False
     last = list(documents.values())[-1]
     rules = tuple(rule for d in documents.values() for rule in d.rules)
     if not rules:
-        raise InputError(f"{os.fspath(name_or_path)}: no rules; start from a recipe (`extends: nvfp4`) or add a rule")
+        raise InputError(f"{os.fspath(name_or_path)}: no rules; add one, or `extends: nvfp4` for a start")
     calibration: dict[str, Any] = {}
     limits: dict[str, float | None] = {}
     steps, description = (("rtn", {}),), ""
@@ -157,7 +104,7 @@ def choose(recipe: Recipe, name: str) -> Rule:
     said: dict[str, Any] = {}
     for rule in recipe.rules:
         if fnmatch.fnmatchcase(name, rule.match):
-            for key in ("weights", "inputs", "kv_cache", "share_scale"):
+            for key in SAYS:
                 if (value := getattr(rule, key)) is not None:
                     said[key] = value
     return Rule(name, **said)
@@ -179,24 +126,54 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return data | ({"menu": recipe.menu._asdict()} if recipe.menu else {})
 
 
-def menu() -> str:
-    """The shipped recipes as a table, one line each."""
-    rows = [("recipe", "bits", "weights", "inputs", "needs", "KL", "runs on", "what it is")]
+def adjusted(
+    recipe: Recipe,
+    *,
+    keep: Sequence[str] = (),
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """The recipe with what a command line says on top; None: as the recipe has it.
+
+    Raises:
+      InputError: an empty glob, or a number out of range.
+    """
+    said = {"sequences": sequences, "length": length, "seed": seed}
+    said = document.calibration("--", {k: v for k, v in said.items() if v is not None}, separator="")
+    rules = tuple(Rule(document.text("--keep", glob), weights="keep") for glob in keep)
+    calibration = recipe.calibration._replace(**said)
+    return dataclasses.replace(recipe, rules=recipe.rules + rules, calibration=calibration)
+
+
+def menu_rows() -> list[dict[str, Any]]:
+    """What `mojax recipes --json` prints: a mapping for each shipped recipe, formats in words."""
+    rows = []
     for name in names():
         recipe = load_recipe(name)
-        every, facts = choose(recipe, "*"), recipe.menu or Menu("", False)
-        rows.append(
-            (
-                name,
-                _number_or_dash(facts.bits_per_weight, ".2f"),
-                _words(every.weights),
-                _words(every.inputs),
-                "data" if facts.needs_data else "-",
-                _number_or_dash(facts.kl_tiny, ".4f"),
-                facts.hardware,
-                recipe.description,
-            )
-        )
+        every = choose(recipe, "*")
+        facts = recipe.menu._asdict() if recipe.menu else {}
+        words = {"weights": _words(every.weights), "inputs": _words(every.inputs)}
+        rows.append({"name": name, **words, **facts, "description": recipe.description})
+    return rows
+
+
+def menu() -> str:
+    """The shipped recipes as a table, one line each."""
+    heads = {
+        "name": "recipe",
+        "bits_per_weight": "bits",
+        "weights": "weights",
+        "inputs": "inputs",
+        "needs_data": "needs",
+        "kl_tiny": "KL",
+        "hardware": "runs on",
+        "description": "what it is",
+    }
+    show_as = {"bits_per_weight": "{:.2f}", "kl_tiny": "{:.4f}", "needs_data": "data"}
+    rows = [list(heads.values())]
+    for row in menu_rows():
+        rows.append([show_as.get(k, "{}").format(row[k]) if row.get(k) else "-" for k in heads])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = "bits: per weight, all tensors; KL: mean nats per token; both on the built-in model (--model=tiny)"
@@ -206,7 +183,7 @@ def menu() -> str:
 def _words(choice: dict[str, Any] | str | None) -> str:
     """`{"format": "fp8", "per": "token"}` as `fp8 per token`."""
     if not isinstance(choice, dict):
-        return "-"
+        return ""
     options = [
         (key if value else f"not {key}") if isinstance(value, bool) else f"{key} {value}"
         for key, value in choice.items()
@@ -215,14 +192,10 @@ def _words(choice: dict[str, Any] | str | None) -> str:
     return " ".join([choice["format"], *options])
 
 
-def _number_or_dash(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
 # ---------------------------------------------------------------- finding and reading files
 
 
-def _lineage(wanted: str, folder: Path, trust: bool, trail: tuple[str, ...]) -> dict[str, _Document]:
+def _lineage(wanted: str, folder: Path, trust: bool, trail: tuple[str, ...]) -> dict[str, Document]:
     """A recipe and all it extends, parents first, each once, by where it lies."""
     is_file = wanted.endswith((".yaml", ".yml", ".py")) or "/" in wanted or os.sep in wanted
     if is_file:
@@ -237,12 +210,12 @@ def _lineage(wanted: str, folder: Path, trust: bool, trail: tuple[str, ...]) -> 
         path = Path(str(importlib.resources.files("mojax.recipes"))) / f"{key}.yaml"
     if key in trail:
         raise InputError(f"{at}: extends itself: {' -> '.join((*trail, key))}")
-    document = _check(at, read(path, at, trust), path.stem, shipped=not is_file)
-    documents: dict[str, _Document] = {}
-    for parent in document.extends:
+    said = document.check(at, document.read(path, at, trust), path.stem, shipped=not is_file)
+    documents: dict[str, Document] = {}
+    for parent in said.extends:
         for k, d in _lineage(parent, path.parent, trust, (*trail, key)).items():
             documents.setdefault(k, d)
-    return documents | {key: document}
+    return documents | {key: said}
 
 
 def _shipped(wanted: str) -> str:
@@ -257,137 +230,3 @@ def _shipped(wanted: str) -> str:
     if os.path.isfile(f"{wanted}.yaml"):
         raise InputError(f"no shipped recipe is called {wanted!r}; for the file say {wanted}.yaml")
     raise InputError(f"no shipped recipe is called {wanted!r}{nearest(name, names())} (a file ends in .yaml)")
-
-
-# ---------------------------------------------------------------- checking what a file says
-
-
-def _check(at: str, data: Any, stem: str, *, shipped: bool) -> _Document:
-    if data is None:
-        raise InputError(f"{at}: empty; a recipe is a mapping with `rules` or `extends`")
-    known = ("name", "extends", "description", "rules", "steps", "calibration", "limits", "menu")
-    data = mapping(at, data, known, separator=": ")
-    extends = data.get("extends", [])
-    extends = sequence(f"{at}: extends", [extends] if isinstance(extends, str) else extends)
-    description = data.get("description")
-    if "description" in data:
-        description = text(f"{at}: description", description, empty=True).strip()
-        if len(description.splitlines()) > 1:
-            raise InputError(f"{at}: description: more than one line; it is one line of the menu")
-    rules = sequence(f"{at}: rules", data.get("rules", []))
-    steps = None
-    if "steps" in data:
-        named = sequence(f"{at}: steps", data["steps"])
-        steps = tuple(_step(f"{at}: steps[{i}]", step) for i, step in enumerate(named))
-        if not steps:
-            raise InputError(f"{at}: steps: empty; rounding to nearest is `steps: [rtn]`")
-    return _Document(
-        text(f"{at}: name", data.get("name", stem)),
-        tuple(text(f"{at}: extends[{i}]", e) for i, e in enumerate(extends)),
-        description,
-        tuple(_rule(f"{at}: rules[{i}]", rule, shipped) for i, rule in enumerate(rules)),
-        steps,
-        _calibration(f"{at}: calibration", data.get("calibration", {})),
-        _limits(f"{at}: limits", data.get("limits", {})),
-        _menu(f"{at}: menu", data["menu"]) if "menu" in data else None,
-    )
-
-
-def _rule(at: str, value: Any, shipped: bool) -> Rule:
-    says = ("weights", "inputs", "kv_cache", "share_scale")
-    value = mapping(at, value, ("match", *says, "optional"))
-    if "match" not in value:
-        raise InputError(f'{at}: no `match`; it is a glob on tensor names, `match: "*.down_proj.weight"`')
-    if not any(key in value for key in says):
-        raise InputError(f"{at}: says nothing; it needs one of {', '.join(says)}")
-    checks = {"weights": _weights, "inputs": _inputs, "kv_cache": _cache, "share_scale": flag}
-    return Rule(
-        match=text(f"{at}.match", value["match"]),
-        **{key: check(f"{at}.{key}", value[key]) for key, check in checks.items() if key in value},
-        optional=flag(f"{at}.optional", value.get("optional", False)) or shipped,
-        shipped=shipped,
-    )
-
-
-def _weights(at: str, value: Any) -> dict[str, Any] | str:
-    return _choice(at, value, "keep")
-
-
-def _inputs(at: str, value: Any) -> dict[str, Any] | str:
-    return _choice(at, value, "none")
-
-
-def _cache(at: str, value: Any) -> str:
-    return "none" if value == "none" else _format(at, text(at, value), "none")
-
-
-def _choice(at: str, value: Any, word: str) -> dict[str, Any] | str:
-    """A format with its options, or `word`."""
-    if isinstance(value, str):
-        return word if value == word else {"format": _format(at, value, word)}
-    if not isinstance(value, dict):
-        raise InputError(f"{at}: found {show(value)}, needed a format's name, {{format: name}}, or {word}")
-    if "format" not in value:
-        raise InputError(f"{at}: no `format`; it is a mapping like {{format: nvfp4}}")
-    name = _format(f"{at}.format", text(f"{at}.format", value["format"]), word)
-    return {"format": name} | _options(at, {k: v for k, v in value.items() if k != "format"}, lists=False)
-
-
-def _format(at: str, name: str, word: str) -> str:
-    known = find.names("formats")
-    if (wanted := name.replace("-", "_")) in known:
-        return wanted
-    if wanted in names():
-        raise InputError(f"{at}: {name!r} is a recipe, not a format{nearest(wanted, known)}")
-    raise InputError(f"{at}: unknown format {show(name)}{nearest(wanted, (*known, word))}")
-
-
-def _step(at: str, value: Any) -> tuple[str, dict[str, Any]]:
-    """`rtn` or `{gptq: {damping: 0.01}}`."""
-    if isinstance(value, dict) and len(value) == 1:
-        name, options = next(iter(value.items()))
-    elif isinstance(value, str):
-        name, options = value, {}
-    else:
-        raise InputError(f"{at}: found {show(value)}; a step is a name, or one name with its options")
-    known = find.names("transforms")
-    wanted = text(at, name).replace("-", "_")
-    if wanted not in known:
-        raise InputError(f"{at}: unknown step {show(name)}{nearest(wanted, known)}")
-    return wanted, _options(f"{at}.{wanted}", options, lists=True)
-
-
-def _options(at: str, value: Any, *, lists: bool) -> dict[str, Any]:
-    """Names and plain values; which of them a format or step knows is checked when the plan is made."""
-    for key, v in mapping(at, value, None).items():
-        for each in v if lists and isinstance(v, list) else [v]:
-            number = isinstance(each, int | float) and abs(each) < 2.0**63  # NaN is not
-            if not number and not isinstance(each, str):
-                raise InputError(f"{at}.{key}: found {show(each)}, needed a number, a word, true or false")
-    return dict(value)
-
-
-def _calibration(at: str, value: Any) -> dict[str, Any]:
-    least = {"sequences": 1, "length": 1, "seed": 0}
-    return {
-        key: text(f"{at}.{key}", v) if key == "text" else whole(f"{at}.{key}", v, least[key])
-        for key, v in mapping(at, value, Calibration._fields).items()
-    }
-
-
-def _limits(at: str, value: Any) -> dict[str, float | None]:
-    """`kl_mean` in nats per token; null takes a parent's limit away."""
-    return {
-        key: None if v is None else positive(f"{at}.{key}", v)
-        for key, v in mapping(at, value, ("kl_mean",)).items()
-    }
-
-
-def _menu(at: str, value: Any) -> Menu:
-    value = mapping(at, value, Menu._fields)
-    measured = {
-        key: None if value.get(key) is None else positive(f"{at}.{key}", value[key])
-        for key in ("bits_per_weight", "kl_tiny")
-    }
-    hardware = text(f"{at}.hardware", value.get("hardware"))
-    return Menu(hardware, flag(f"{at}.needs_data", value.get("needs_data")), **measured)

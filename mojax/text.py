@@ -116,7 +116,7 @@ def _check_ids(ids: np.ndarray, vocab: int | None, origin: str) -> None:
 
 def _read_npz(path: Path, sequences: int, length: int) -> np.ndarray:
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as f, np.load(f) as file:
             if "tokens" not in file.files:
                 raise InputError(f"{path}: no array 'tokens'; found {', '.join(file.files) or 'none'}")
             ids = file["tokens"]

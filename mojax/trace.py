@@ -49,11 +49,7 @@ def sites(fn: Callable, params: Mapping[str, Any], *args: Any) -> tuple[Site, ..
     A parameter is followed through transposes, reshapes, slices and casts. One that meets arithmetic before
     its dot (`x @ (a * w)`, a product of two parameters) has no site there.
 
-    Args:
-      fn: any function of a flat dict of arrays and pytrees of arrays.
-      params, args: arrays or `jax.ShapeDtypeStruct`s.
-    Raises:
-      InputError: params is not a flat dict of arrays.
+    `params` is a flat dict and `args` are pytrees, of arrays or `jax.ShapeDtypeStruct`s; else InputError.
     """
     jaxpr, _ = trace(fn, params, *args)
     names = [*sorted(params), *[None] * len(jax.tree.leaves(args))]
@@ -75,7 +71,8 @@ class Read(NamedTuple):
     name: str
     kind: str
     contract: tuple[int, ...]
-    input: tuple[Node, tuple[Atom, ...]]  # the root that is read, its contracted part in the weight's order
+    weight: tuple[Node, tuple[Atom, ...]]  # the parameter and the part of it that is contracted
+    input: tuple[Node, tuple[Atom, ...]]  # the root of the other operand and its part, in the same order
     op: Op
 
 
@@ -83,15 +80,16 @@ def read(op: Op) -> Read | None:
     """The site that an operation is, if it is one."""
     views = [x.view for x in op.inputs]
     if op.name == "name":
-        return Read(op.params["name"], "cache", (), (views[0].root, ()), op)
+        return Read(op.params["name"], "cache", (), (views[0].root, ()), (views[0].root, ()), op)
     if op.name == "gather" and (name := views[0].root.leaf):
         axes = views[0].root_axes(op.params["dimension_numbers"].start_index_map)
-        return Read(name, "gather", axes, (views[1].root, ()), op)
+        return Read(name, "gather", axes, (views[0].root, ()), (views[1].root, ()), op)
     if (side := weight_side(op)) is None:
         return None
     weight, x = views[side], views[1 - side]
     dims, partners = contraction(op.params, side, weight)
-    return Read(weight.root.leaf, "dot", weight.root_axes(dims), (x.root, x.atoms(partners)), op)
+    parts = (weight.root, weight.atoms(dims)), (x.root, x.atoms(partners))
+    return Read(weight.root.leaf, "dot", weight.root_axes(dims), *parts, op)
 
 
 def weight_side(op: Op) -> int | None:
@@ -116,11 +114,8 @@ class Flow:
         dims = whole(root, atoms)
         if not dims:  # a part of an axis, or no dot
             return None
-        for r in group:
-            side = weight_side(r.op) or 0
-            weight = r.op.inputs[side].view
-            columns = weight.atoms(contraction(r.op.params, side, weight)[0])
-            if whole(weight.root, columns) != r.contract or not self.only(weight.root, group):
+        for weight, columns in (r.weight for r in group):
+            if not whole(weight, columns) or not self.only(weight, group):
                 return None
         return self.source(root, dims) if self.only(root, group) else None
 
@@ -148,9 +143,9 @@ class Flow:
         """The weight of a dot, if the axes `dims` of its output are all the axes it does not contract."""
         if (side := weight_side(op)) is None:
             return None
-        view, n = op.inputs[side].view, len(op.inputs[side].shape)
+        view = op.inputs[side].view
         contracted, batch = (d[side] for d in op.params["dimension_numbers"])
-        free = [d for d in range(n) if d not in (*contracted, *batch)]
+        free = [d for d in range(len(view.axes)) if d not in (*contracted, *batch)]
         first = len(op.outputs[0].shape) - len(free) if side == 1 else len(batch)
         if len(self.users[view.root]) != 1 or not set(dims) <= set(range(first, first + len(free))):
             return None
@@ -208,12 +203,8 @@ def _op(eqn: Any, inputs: Sequence[Node], ops: list[Op]) -> list[Node]:
     return outputs
 
 
-def _call(eqn: Any, inputs: Sequence[Node], ops: list[Op]) -> list[Node]:
-    return flatten(body(eqn), inputs, ops)
-
-
 def _sealed(eqn: Any, inputs: Sequence[Node], ops: list[Op]) -> list[Node]:
-    outputs = _call(eqn, inputs, ops)  # a parameter that comes out of these is a value like any other
+    outputs = flatten(body(eqn), inputs, ops)  # a parameter that comes out of these is a value like any other
     leaves = [x for x in outputs if x.view.root.leaf]
     ops.append(Op(eqn.primitive.name, {}, tuple(leaves), ()))
     return [Node(x.shape) if x in leaves else x for x in outputs]
@@ -246,7 +237,7 @@ def _while(eqn: Any, inputs: Sequence[Node], ops: list[Op]) -> list[Node]:
 CALLS = ("jit", "pjit", "closed_call", "core_call", "eval_jaxpr")
 CUSTOM, REMAT = ("custom_jvp_call", "custom_vjp_call"), ("remat2", "checkpoint", "remat")
 INLINE: Mapping[str, Callable[[Any, Sequence[Node], list[Op]], list[Node]]] = {
-    **dict.fromkeys(CALLS, _call),
+    **dict.fromkeys(CALLS, lambda eqn, inputs, ops: flatten(body(eqn), inputs, ops)),
     **dict.fromkeys((*CUSTOM, *REMAT), _sealed),
     "scan": _scan,
     "cond": _cond,
@@ -299,14 +290,12 @@ class View(NamedTuple):
         return tuple(out)
 
 
-CASTS = ("convert_element_type", "copy", "copy_p", "device_put", "name", "pcast", "pvary", "reduce_precision")
-SAME = (*CASTS, "sharding_constraint", "stop_gradient")
+CASTS = "convert_element_type copy copy_p device_put name pcast pvary reduce_precision sharding_constraint"
 
 
 def follow(eqn: Any, view: View) -> list[View | None]:
     """The views that the outputs of `eqn` give of what its input shows; None where the view is lost."""
     axes, p, shapes = view.axes, eqn.params, [shape(v) for v in eqn.outvars]
-    ones = (1,) * len(axes)
     out: list[Axes | None] = [None] * len(shapes)
     match eqn.primitive.name:
         case _ if len(eqn.invars) != 1:
@@ -320,12 +309,12 @@ def follow(eqn: Any, view: View) -> list[View | None]:
         case "broadcast_in_dim":
             out = [_broadcast(axes, p["broadcast_dimensions"], shapes[0])]
         case "slice":
-            out = [_slice(axes, p["start_indices"], shapes[0], p["strides"] or ones)]
+            out = [_slice(axes, p["start_indices"], shapes[0], p["strides"])]
         case "split":
             starts = itertools.accumulate(p["sizes"], initial=0)
             corners = [[n * (i == p["axis"]) for i in range(len(axes))] for n in starts]
-            out = [_slice(axes, *part, ones) for part in zip(corners, shapes, strict=False)]
-        case name if name in SAME:
+            out = [_slice(axes, *part) for part in zip(corners, shapes, strict=False)]
+        case name if name in CASTS.split():
             out = [axes]
     return [None if a is None else View(view.root, a) for a in out]
 
@@ -357,9 +346,9 @@ def _broadcast(axes: Axes, dims: Sequence[int], shape: Shape) -> Axes:
     return tuple(out)
 
 
-def _slice(axes: Axes, starts: Sequence[int], shape: Shape, steps: Sequence[int]) -> Axes | None:
+def _slice(axes: Axes, starts: Sequence[int], shape: Shape, steps: Shape | None = None) -> Axes | None:
     out = []
-    for axis, start, n, step in zip(axes, starts, shape, steps, strict=True):
+    for axis, start, n, step in zip(axes, starts, shape, steps or (1,) * len(axes), strict=True):
         if math.prod(a.size for a in axis) == n:
             out.append(axis)
         elif len(axis) == 1:

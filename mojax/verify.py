@@ -80,7 +80,7 @@ class _Check:
     def __init__(self, out: Model, source: Model | None, plan: Plan | None):
         assert out.checkpoint is not None
         self.out, self.source, self.plan, self.files_out = out, source, plan, out.checkpoint
-        self.dialect = dialects.dialect(out.config, out.checkpoint)
+        self.dialect = dialects.dialect(out.config, model.file_names(out.checkpoint))
         self.differences: list[str] = []
         self.notes: list[str] = []
         if plan is not None and set(plan.schemes) != set(out.schemes):
@@ -100,7 +100,7 @@ class _Check:
                 if name not in self.files_out:
                     self.differences.append(f"{name}: missing; {scheme.weights.label} needs it")
                     continue
-                shape, dtype = self.files_out.spec(name)
+                dtype, shape = self.files_out.spec(name)
                 if tuple(shape) != tuple(spec.shape):
                     self.differences.append(f"{name}: shape is {list(shape)}, {scheme.weights.label} needs {list(spec.shape)}")
                 elif np.dtype(dtype).itemsize != np.dtype(spec.dtype).itemsize and not name.endswith("scale"):

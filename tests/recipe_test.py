@@ -1,6 +1,7 @@
 """Recipes: how rules resolve, that every mistake is one message with its place, nothing else gets out."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mojax import recipe as recipes
+from mojax.document import Calibration, Rule
 from mojax.errors import InputError
 from mojax.find import find
-from mojax.recipe import Calibration, Rule, choose, load_recipe, resolved
+from mojax.recipe import adjusted, choose, load_recipe, resolved
 
 DOWN = "model.layers.3.mlp.down_proj.weight"
 
@@ -105,6 +107,14 @@ def test_the_menu_has_a_line_per_recipe():
     assert "int8 per channel" in int8 and "int8 per token" in int8
 
 
+def test_the_rows_of_the_menu_are_plain_data():
+    rows = {row.pop("name"): row for row in json.loads(json.dumps(recipes.menu_rows()))}
+    assert list(rows) == list(recipes.names())
+    assert rows["fp8_dynamic"]["inputs"] == "fp8 per token" and rows["int4"]["inputs"] == ""
+    facts = {"weights", "inputs", "hardware", "needs_data", "bits_per_weight", "kl_tiny", "description"}
+    assert all(row.keys() == facts for row in rows.values())
+
+
 def test_listing_recipes_is_quick_and_imports_no_arrays():
     code = (
         "import sys, mojax.recipe as r; r.menu(); "
@@ -167,6 +177,23 @@ def test_a_users_rule_must_match_unless_it_says_optional(write):
         ("a", False, False),
         ("b", True, False),
     ]
+
+
+def test_the_command_line_has_the_last_word():
+    recipe = load_recipe("nvfp4")
+    assert adjusted(recipe) == recipe
+    other = adjusted(recipe, keep=["*.down_proj.weight"], sequences=3, seed=0)
+    assert choose(other, DOWN).weights == "keep" and choose(other, DOWN).inputs == {"format": "nvfp4"}
+    assert not other.rules[-1].optional and not other.rules[-1].shipped
+    assert other.calibration == recipe.calibration._replace(sequences=3, seed=0)
+    for wrong, place in [
+        ({"sequences": 0}, "--sequences: found 0"),
+        ({"length": -1}, "--length: found -1"),
+        ({"seed": -1}, "--seed: found -1"),
+        ({"keep": [""]}, "--keep: found ''"),
+    ]:
+        with pytest.raises(InputError, match=place):
+            adjusted(recipe, **wrong)
 
 
 # ---------------------------------------------------------------- extends
@@ -301,7 +328,10 @@ MISTAKES = [
     ("rules: [{match: a, weights: nvpf4}]", "rules[0].weights: unknown format 'nvpf4'; did you mean 'nvfp4'"),
     ("rules: [{match: a, weights: {group: 3}}]", "rules[0].weights: no `format`"),
     ("rules: [{match: a, weights: {format: in4}}]", "rules[0].weights.format: unknown format 'in4'"),
-    ("rules: [{match: a, weights: {format: fp8_dynamic}}]", "'fp8_dynamic' is a recipe, not a format"),
+    (
+        "rules: [{match: a, weights: {format: fp8_dynamic}}]",
+        "unknown format 'fp8_dynamic'; did you mean 'fp8'",
+    ),
     ("rules: [{match: a, weights: {format: int4, group: [1]}}]", "rules[0].weights.group: found a list"),
     ("rules: [{match: a, weights: {format: int4, group: .nan}}]", "rules[0].weights.group: found nan"),
     ("rules: [{match: a, weights: {format: int4, 3: 4}}]", "rules[0].weights: the key 3 is not a word"),
@@ -504,8 +534,8 @@ def test_fuzz_mutated_recipes_load_or_are_refused(tmp_path, data, value, draw):
         keys = sorted(node) if isinstance(node, dict) else range(len(node))
         parent, key = node, draw.draw(st.sampled_from(keys))
         node = parent[key]
-    assert parent is not None
-    parent[key] = value
+    assert isinstance(parent, dict | list)
+    parent[key] = value  # pyright: ignore[reportArgumentType, reportCallIssue]
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(data))
     try:
         recipe = load_recipe(tmp_path / "a.yaml")

@@ -1,4 +1,4 @@
-"""The compressed-tensors dialect, as llm-compressor 0.14 writes it and vLLM, SGLang and transformers read it."""
+"""The compressed-tensors dialect, as llm-compressor writes it and vLLM and transformers read it."""
 
 from mojax.converters.compressed_tensors.schemes import ARITHMETIC, DIALECT, check, config, parse
 from mojax.converters.compressed_tensors.tensors import (

@@ -19,7 +19,7 @@ DIALECT = "compressed-tensors"
 ARITHMETIC: Arithmetic = "checkpoint"
 VERSION = "0.19.0"
 
-# (weights, inputs) -> who loads it. Read from and tried with vLLM 0.33, SGLang 0.5.23, TensorRT-LLM, transformers 5.
+# (weights, inputs) -> who loads it: vLLM 0.33, SGLang 0.5.23, TensorRT-LLM main, transformers 5.23.
 LOADS = {
     ("fp8 tensor", "fp8 tensor"): ("vllm", "sglang", "transformers"),
     ("fp8 channel", "fp8 tensor"): ("vllm", "sglang", "transformers"),
@@ -96,7 +96,7 @@ def check(scheme: Scheme, target: str) -> str | None:
 
 
 def storage(scheme: Scheme) -> str:
-    """The name of the dialect's arrangement of a scheme's tensors: `float-quantized`, `pack-quantized`, ..."""
+    """The name of the dialect's arrangement of a scheme's tensors: `float-quantized`, ..."""
     with_inputs = {"fp8": "float-quantized", "int8": "int-quantized"}
     alone = {"fp8": "naive-quantized", "int8": "pack-quantized"}
     either = {
@@ -161,7 +161,7 @@ def config(
     }
     if cache:
         if plain(cache) != CACHE:
-            raise InputError(f"a {cache.label} KV cache has no form in the {DIALECT} dialect; use kv_cache: fp8")
+            raise InputError(f"a {cache.label} KV cache has no form in {DIALECT}; use kv_cache: fp8")
         written["kv_cache_scheme"] = INPUTS[CACHE]
     return {"quantization_config": written}
 
@@ -210,11 +210,11 @@ def _matches(module: str, entry: str) -> bool:
 def _refuse(found: dict[str, Any]) -> None:
     status = found.get("quantization_status")
     if status not in (None, "compressed"):
-        raise InputError(f"quantization_config.quantization_status is {status!r}; only 'compressed' can be read")
+        raise InputError(f"quantization_config.quantization_status is {status!r}; only 'compressed' is read")
     if found.get("transform_config"):
         raise InputError(
-            f"quantization_config.transform_config is {found['transform_config']!r}: online transforms are not"
-            " read; use a checkpoint without them"
+            f"quantization_config.transform_config is {found['transform_config']!r}: online transforms are"
+            " not read; use a checkpoint without them"
         )
     sparsity = found.get("sparsity_config") or {}
     if sparsity.get("targets") or sparsity.get("format") not in (None, "dense"):
@@ -229,7 +229,8 @@ def _group(name: str, group: Any, found: dict[str, Any]) -> tuple[list[str], Sch
     if not isinstance(group, dict) or not group.get("weights"):
         raise InputError(f"{where} is {group!r}; only groups with a `weights` entry can be read")
     if group.get("output_activations"):
-        raise InputError(f"{where}.output_activations is {group['output_activations']!r}; outputs are not quantized")
+        outputs = group["output_activations"]
+        raise InputError(f"{where}.output_activations is {outputs!r}; quantized outputs are not read")
     args = _settings(group["weights"], f"{where}.weights")
     table = WEIGHTS
     if (args["type"], args["num_bits"], args["strategy"]) == ("int", 4, "group"):
@@ -246,7 +247,7 @@ def _group(name: str, group: Any, found: dict[str, Any]) -> tuple[list[str], Sch
     if storage(scheme) in ("float-quantized", "int-quantized"):
         accepted += ("naive-quantized",)
     if written not in (*accepted, "mixed-precision"):
-        raise InputError(f"{where}.format is {written!r}; {label(scheme)} can be read from {storage(scheme)!r} only")
+        raise InputError(f"{where}.format is {written!r}; {label(scheme)} are {storage(scheme)!r}")
     return list(group.get("targets") or []), scheme
 
 
@@ -254,8 +255,8 @@ def _settings(args: dict[str, Any], where: str) -> dict[str, Any]:
     """The entries that decide how numbers are stored, with the dialect's defaults."""
     if args.get("actorder") in ("group", "dynamic", True):
         raise InputError(
-            f"{where}.actorder is {args['actorder']!r}: columns reordered at run time (g_idx) are not read (removed"
-            " from compressed-tensors as well); quantize again with actorder 'static'"
+            f"{where}.actorder is {args['actorder']!r}: columns reordered at run time (g_idx) are not read"
+            " (removed from compressed-tensors as well); quantize again with actorder 'static'"
         )
     size = args.get("group_size")
     guess = "tensor" if size is None else "channel" if size == -1 else "group"

@@ -36,7 +36,7 @@ FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float3
 def layout(
     module: str, shape: tuple[int, ...], dtype: Any, scheme: Scheme
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The names, shapes and dtypes of what `write` gives for a weight `[out, in]` of a checkpoint in `dtype`."""
+    """The names, shapes and dtypes of what `write` gives for a weight `[out, in]` of dtype `dtype`."""
     n, k = shape
     w = scheme.weights
     kept = _scale_dtype(w, dtype)
@@ -149,28 +149,27 @@ def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, np
       scheme: from `parse`.
       dtype: of the checkpoint's other tensors.
     Returns:
-      The weight, its arrays views of the file's where the arrangement is the same, and the maximum of a static
-      input or None.
+      The weight, its arrays views of the file's where the arrangement is the same, and the maximum of a
+      static input or None.
     Raises:
       InputError: a tensor of another dtype or shape than the scheme says.
     """
     w = scheme.weights
-    found = get(f"{module}.weight_packed" if "pack" in storage(scheme) else f"{module}.weight")
+    leaf = "weight_packed" if "pack" in storage(scheme) else "weight"
+    arrangement = layout(module, (0, 0), dtype, scheme)[f"{module}.{leaf}"].dtype
+    codes = expect(f"{module}.{leaf}", get, (arrangement,))
     if storage(scheme) == "pack-quantized":
-        shape = tuple(int(n) for n in get(f"{module}.weight_shape"))
-    elif found.dtype == np.uint8:
-        shape = (found.shape[0], 2 * found.shape[1])
+        shape = tuple(int(n) for n in expect(f"{module}.weight_shape", get, (np.dtype(np.int64),), (2,)))
     else:
-        shape = found.shape
+        shape = (codes.shape[0], codes.shape[1] * (2 if leaf == "weight_packed" else 1))
     spec = layout(module, shape, dtype, scheme)
 
     def tensor(leaf: str) -> np.ndarray:
         name = f"{module}.{leaf}"
         dtypes = FLOATS if spec[name].dtype in FLOATS else (spec[name].dtype,)
-        return expect(name, get(name), dtypes, spec[name].shape)
+        return expect(name, get, dtypes, spec[name].shape)
 
-    scales = {"inner": tensor("weight_scale")}
-    codes = tensor("weight_packed" if f"{module}.weight_packed" in spec else "weight")
+    codes, scales = tensor(leaf), {"inner": tensor("weight_scale")}
     if storage(scheme) == "pack-quantized":
         offset, width = (0x88, shape[1] // 2) if w.name == "int4" else (0x80, shape[1])
         codes = (codes.view(np.uint8) ^ np.uint8(offset))[:, :width]
@@ -204,5 +203,5 @@ def write_cache(attention: str, k_amax: Any, v_amax: Any, dtype: Any) -> dict[st
 
 def read_cache(attention: str, get: Get) -> tuple[np.float32, np.float32]:
     """The maxima of K and V that the file's scales stand for."""
-    k, v = (expect(name, get(name), FLOATS, (1,)).astype(np.float32) for name in cache_names(attention))
+    k, v = (expect(name, get, FLOATS, (1,)).astype(np.float32) for name in cache_names(attention))
     return amax_of(CACHE, k.reshape(())), amax_of(CACHE, v.reshape(()))

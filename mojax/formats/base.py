@@ -46,7 +46,8 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in (self.codes, *self.scales.values()))
+        arrays = (self.codes, *self.scales.values())
+        return sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in arrays)
 
 
 jax.tree_util.register_dataclass(
@@ -90,7 +91,7 @@ class Format:
         return False
 
     def check(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be encoded ("last axis 1408 is not divisible by ..."), or None."""
+        """Why a weight of this shape cannot be encoded ("last axis 1408 is not divisible by 32"), or None."""
         return None
 
     def outer(self, amax: Array, dtype: np.dtype) -> Array:

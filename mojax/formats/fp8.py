@@ -26,7 +26,7 @@ class FP8(Format):
     """FP8 E4M3.
 
     Scales: "outer" float32 `[]` per tensor; "inner" `[..., 1]` per channel or token (one per row), or
-    `[..., ceil(out / 128), ceil(in / 128)]` per block. Inputs per block are groups of 128 along the last axis.
+    `[..., ceil(out / 128), ceil(in / 128)]` per block. Inputs per block: groups of 128 along the last axis.
     """
 
     per: Literal["tensor", "channel", "token", "block"] = "tensor"

@@ -23,7 +23,7 @@ _LEVELS = {"checkpoint": 127.5, "float32": 127.0}
 
 @dataclasses.dataclass(frozen=True)
 class INT8(Format):
-    """INT8. Scales: "inner" `[..., 1]` per channel or token (one per row), "outer" float32 `[]` per tensor."""
+    """INT8. Scales: "inner" `[..., 1]` per channel or token (a row), "outer" float32 `[]` per tensor."""
 
     per: Literal["channel", "token", "tensor"] = "channel"
 

@@ -73,7 +73,7 @@ def e2m1(x: jax.Array, negative: jax.Array, up: tuple[float, ...] = EVEN) -> jax
 
 
 def e2m1_value(code: jax.Array) -> jax.Array:
-    """float32 of E2M1 codes. Index 0 and 1 are 0 and 0.5; from 2 on the code is a float's exponent and mantissa."""
+    """float32 of E2M1 codes: 0, 0.5, and from index 2 on the exponent and mantissa of a float."""
     index = (code & 7).astype(jnp.int32)
     normal = lax.bitcast_convert_type((index << 22) + (126 << 23), jnp.float32)
     value = jnp.where(index < 2, index.astype(jnp.float32) * 0.5, normal)

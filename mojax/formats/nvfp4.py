@@ -36,7 +36,7 @@ class _Rule(NamedTuple):
 
 def _multiplier(top: jax.Array, dtype: np.dtype) -> jax.Array:
     s2 = divide(top, _RANGE)
-    return jnp.where(s2 == 0, jnp.float32(1), s2)
+    return jnp.where(s2 == 0, jnp.float32(6 / _RANGE), s2)
 
 
 def _divisor(top: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -19,7 +19,7 @@ make() { # NAME PACKAGE VERSION MODULE OTHER_PACKAGES...
 import importlib.metadata, sys
 import $module
 sys.exit(importlib.metadata.version('$package') != '$version')"
-    if [ -x "$here/bin/python" ] && "$here/bin/python" -c "$check" 2>/dev/null; then
+    if [ -x "$here/bin/python" ] && "$here/bin/python" -c "$check" >/dev/null 2>&1; then
         echo "$here: $package $version is already there"
         return
     fi
@@ -35,7 +35,7 @@ sys.exit(importlib.metadata.version('$package') != '$version')"
         echo "$0: pip could not install $package==$version $*; run again to go on" >&2
         exit 1
     }
-    "$here/bin/python" -c "$check" || {
+    "$here/bin/python" -c "$check" >/dev/null || {
         echo "$0: $here is not usable: $package $version does not import" >&2
         exit 1
     }

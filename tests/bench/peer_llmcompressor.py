@@ -1,9 +1,9 @@
-"""One quantization with llm-compressor as its documentation shows it; run by the python of its own environment.
+"""One quantization with llm-compressor as its documentation shows it; run by its own environment's python.
 
     python peer_llmcompressor.py MODEL_DIR TOKENS.npz SCHEME OUT_DIR
 
-SCHEME is nvfp4 (calibrated on every row of `tokens`), fp8_dynamic or int4 (group 128); the last two need no data, so
-none is given. Prints one line of JSON: versions and the seconds of each phase.
+SCHEME is nvfp4 (calibrated on every row of `tokens`), fp8_dynamic or int4 (group 128); the last two need no
+data, so none is given. Prints one line of JSON: versions and the seconds of each phase.
 """
 
 # pyright: reportMissingImports=false
@@ -35,7 +35,8 @@ def main() -> None:
     data = {}
     if scheme == "nvfp4":
         tokens = np.load(tokens_file)["tokens"]
-        rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
+        mask = np.ones_like(tokens)
+        rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": mask.tolist()})
         data = {
             "dataset": rows,
             "num_calibration_samples": len(tokens),
@@ -45,17 +46,15 @@ def main() -> None:
     oneshot(model=model, recipe=recipe, **data)
     quantized = time.perf_counter()
     model.save_pretrained(out, save_compressed=True)
-    print(
-        json.dumps(
-            {
-                "versions": {m.__name__: m.__version__ for m in (llmcompressor, compressed_tensors, transformers, torch)},
-                "import": imported - start,
-                "load": loaded - imported,
-                "quantize": quantized - loaded,
-                "save": time.perf_counter() - quantized,
-            }
-        )
-    )
+    packages = (llmcompressor, compressed_tensors, transformers, torch)
+    said = {
+        "versions": {package.__name__: package.__version__ for package in packages},
+        "import": imported - start,
+        "load": loaded - imported,
+        "quantize": quantized - loaded,
+        "save": time.perf_counter() - quantized,
+    }
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

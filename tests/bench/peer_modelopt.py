@@ -1,9 +1,9 @@
-"""One quantization with NVIDIA ModelOpt as its documentation shows it; run by the python of its own environment.
+"""One quantization with NVIDIA ModelOpt as its documentation shows it; run by its own environment's python.
 
     python peer_modelopt.py MODEL_DIR TOKENS.npz SCHEME OUT_DIR
 
-SCHEME is nvfp4 (calibrated on every row of `tokens`), fp8_dynamic or int4 (group 128); the last two need no data, so
-none is given. Prints one line of JSON: versions and the seconds of each phase.
+SCHEME is nvfp4 (calibrated on every row of `tokens`), fp8_dynamic or int4 (group 128); the last two need no
+data, so none is given. Prints one line of JSON: versions and the seconds of each phase.
 """
 
 # pyright: reportMissingImports=false
@@ -43,17 +43,14 @@ def main() -> None:
     quantized = time.perf_counter()
     with torch.inference_mode():
         export_hf_checkpoint(model, export_dir=out)
-    print(
-        json.dumps(
-            {
-                "versions": {m.__name__: m.__version__ for m in (modelopt, transformers, torch)},
-                "import": imported - start,
-                "load": loaded - imported,
-                "quantize": quantized - loaded,
-                "save": time.perf_counter() - quantized,
-            }
-        )
-    )
+    said = {
+        "versions": {package.__name__: package.__version__ for package in (modelopt, transformers, torch)},
+        "import": imported - start,
+        "load": loaded - imported,
+        "quantize": quantized - loaded,
+        "save": time.perf_counter() - quantized,
+    }
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
@@ -181,8 +182,9 @@ def register() -> None:
     linear.init_nvfp4_linear_kernel = choose_nvfp4
     linear._POSSIBLE_MXFP8_KERNELS[PlatformEnum.CPU] = [Mxfp8]
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(Fp8Block)
-    torch.ops._C.static_scaled_fp8_quant = static_fp8
-    torch.ops._C.silu_and_mul_quant = silu_and_mul_fp8
+    operators: Any = torch.ops._C
+    operators.static_scaled_fp8_quant = static_fp8
+    operators.silu_and_mul_quant = silu_and_mul_fp8
 
 
 def has_inputs(folder: Path) -> bool:

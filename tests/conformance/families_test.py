@@ -31,14 +31,15 @@ BASE = {
 }
 MISSING = object()  # the key is taken out of BASE
 
-# Wavelengths run from 2 pi upwards, so an original length of 16 puts frequencies on every branch.
+# The wavelengths of BASE are 6, 35, 199 and 1117 positions for theta 1000, and 6, 11, 20 and 35 for theta 10:
+# some are kept, some divided by the factor, some in between (test_rope_frequencies asserts it).
 LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
-    "high_freq_factor": 2.0,
-    "original_max_position_embeddings": 16,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
 }
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 ROPES = {
     "rope_theta": {"rope_theta": 500.0},
     "rope_parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
@@ -51,17 +52,32 @@ ROPES = {
     "llama3_v5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1000.0, **LLAMA3}},
     "llama3_top": {
         "rope_parameters": {"rope_type": "llama3", "rope_theta": 1000.0, **LLAMA3},
-        "original_max_position_embeddings": 32,
+        "original_max_position_embeddings": 60,
     },
-    "yarn": {"rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 1000.0},
-    "yarn_v5": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, **YARN, "beta_fast": 4}},
+    "yarn": {"rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 10.0},
+    "yarn_v5": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, **YARN, "beta_fast": 2}},
+    "yarn_slow": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, **YARN, "beta_slow": 0.5}},
     "yarn_exact_range": {
         "rope_parameters": {"rope_type": "yarn", **YARN, "truncate": False, "attention_factor": 1.5},
-        "rope_theta": 1000.0,
+        "rope_theta": 10.0,
     },
     "yarn_mscale": {
         "rope_parameters": {"type": "yarn", **YARN, "factor": None, "mscale": 2.0, "mscale_all_dim": 0.5},
-        "rope_theta": 1000.0,
+        "rope_theta": 10.0,
+    },
+}
+PUBLISHED = {  # Llama 3.1 8B, Qwen2.5 7B with its long-context setting
+    "llama3_1": {
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {"type": "llama3", **LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192},
+    },
+    "qwen2_5": {
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
     },
 }
 CASES = ROPES | {
@@ -130,7 +146,7 @@ def draw(family: str, seed: int) -> dict:
 
 
 ALL = [(f, n, c) for f in FAMILIES for n, c in (CASES | OWN.get(f, {})).items()]
-ALL += [(f, f"random{seed}", draw(f, seed)) for f in FAMILIES for seed in range(3)]
+ALL += [(f, f"random{seed}", draw(f, seed)) for f in FAMILIES for seed in range(2)]
 each_case = pytest.mark.parametrize(
     ("family", "changes"), [(f, c) for f, _, c in ALL], ids=[f"{f}-{n}" for f, n, _ in ALL]
 )
@@ -215,11 +231,29 @@ def test_shapes_are_those_of_transformers(family, changes):
     assert hash(c) == hash(module.configure(config))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", ROPES | PUBLISHED)
+def test_rope_frequencies(rope):
+    """Those of transformers; a scaled rope keeps, divides and interpolates, so every branch is run."""
+    import transformers
+
+    config = raw("llama", (ROPES | PUBLISHED)[rope])
+    kind = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
+    theirs = kind(transformers.LlamaConfig.from_dict(json.loads(json.dumps(config))))
+    ours = find("models", "llama").configure(config).rope
+    np.testing.assert_allclose(ours.frequencies, theirs.inv_freq.numpy(), rtol=4e-7)  # float32, a few ulps
+    assert ours.scale == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    if rope.startswith(("llama3", "yarn", "qwen")):
+        theta = theirs.config.rope_parameters["rope_theta"]
+        plain = 1 / theta ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
+        ratio = np.array(ours.frequencies) / plain
+        assert ratio.max() > 1 - 1e-6
+        assert ((ratio > ratio.min() * 1.01) & (ratio < 0.99)).any()
+
+
 @pytest.mark.parametrize("rope", ROPES)
-def test_rope_cases_can_fail(family, rope):
-    module = find("models", family)
-    plain, scaled = raw(family, {}), raw(family, ROPES[rope])
+def test_rope_cases_change_the_logits(rope):
+    module = find("models", "llama")
+    plain, scaled = raw("llama", {}), raw("llama", ROPES[rope])
     rng = np.random.default_rng(0)
     params = {
         k: jnp.asarray(
@@ -362,7 +396,7 @@ def test_bfloat16_rounds_as_transformers_does():
     exact, rounded = theirs(torch.float32), theirs(torch.bfloat16)
     noise, own, between = kl(exact, rounded), kl(exact, np.asarray(ours)), kl(np.asarray(ours), rounded)
     print(f"KL float32||theirs {noise:.2e}, float32||ours {own:.2e}, ours||theirs {between:.2e}")
-    # Two independent roundings of one model: each at most `noise` away, so at most 4 times that apart
-    # (KL grows with the square of the distance of the logits). Ours keeps float32 logits, so it is no worse.
+    # KL grows with the variance of the logits' rounding. Ours leaves the logits in float32, so it has no more
+    # than theirs; between two roundings the variances add at most. 1.2 is for the sample of 1024 tokens.
     assert own < 1.2 * noise
-    assert between < 4 * noise
+    assert between < 1.2 * (own + noise)
