@@ -151,7 +151,7 @@ def bind(eqn: Any, inputs: list) -> list:
 def plain(walk: Walk, eqn: Any, inputs: list, path: Path) -> tuple[list, Taps]:
     """The rule of every other primitive: bind it as it stands; a view of a parameter stays one if it can."""
     outputs = bind(eqn, inputs)
-    if not (inputs and isinstance(inputs[0], Leaf)):
+    if len(inputs) != 1 or not isinstance(inputs[0], Leaf):
         return outputs, {}
     views = follow(eqn, inputs[0].view)
     return [o if v is None else Leaf(o, v) for o, v in zip(outputs, views, strict=True)], {}

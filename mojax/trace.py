@@ -48,7 +48,6 @@ def sites(fn: Callable, params: Mapping[str, Any], *args: Any) -> tuple[Site, ..
 
     A parameter is followed through transposes, reshapes, slices and casts. One that meets arithmetic before
     its dot (`x @ (a * w)`, a product of two parameters) has no site there.
-
     `params` is a flat dict and `args` are pytrees, of arrays or `jax.ShapeDtypeStruct`s; else InputError.
     """
     jaxpr, _ = trace(fn, params, *args)
@@ -110,18 +109,13 @@ class Flow:
 
     def producer(self, group: Sequence[Read]) -> str | None:
         """The parameter that absorbs a scale of the input of these sites; see `Site`."""
-        root, atoms = group[0].input
-        dims = whole(root, atoms)
-        if not dims:  # a part of an axis, or no dot
+        root, dims = group[0].input[0], whole(*group[0].input)
+        if not dims or not all(whole(*r.weight) for r in group):  # a part of an axis, or no dot
             return None
-        for weight, columns in (r.weight for r in group):
-            if not whole(weight, columns) or not self.only(weight, group):
-                return None
-        return self.source(root, dims) if self.only(root, group) else None
-
-    def only(self, root: Node, group: Sequence[Read]) -> bool:
-        """Whether a node is used by the sites of the group only."""
-        return all(any(user is r.op for r in group) for user in self.users[root])
+        inside = {id(r.op) for r in group}
+        touched = [root, *(r.weight[0] for r in group)]
+        alone = all(id(op) in inside for node in touched for op in self.users[node])
+        return self.source(root, dims) if alone else None
 
     def source(self, node: Node, dims: tuple[int, ...]) -> str | None:
         """The parameter in which `node` is linear, channel by channel of its axes `dims`; gains first."""
@@ -156,9 +150,8 @@ class Flow:
 
 def whole(root: Node, atoms: Sequence[Atom]) -> tuple[int, ...] | None:
     """The axes of the root that `atoms` are, if each is a whole axis."""
-    if any(a.axis is None or a != Atom(a.axis, 1, root.shape[a.axis], 0) for a in atoms):
-        return None
-    return tuple(a.axis for a in atoms if a.axis is not None)
+    axes = [a.axis for a in atoms if a.axis is not None and a == Atom(a.axis, 1, root.shape[a.axis], 0)]
+    return tuple(axes) if len(axes) == len(atoms) else None
 
 
 # Programs as a flat list
@@ -196,7 +189,7 @@ def flatten(jaxpr: Any, inputs: Sequence[Node], ops: list[Op]) -> list[Node]:
 
 
 def _op(eqn: Any, inputs: Sequence[Node], ops: list[Op]) -> list[Node]:
-    views = follow(eqn, inputs[0].view) if inputs else [None] * len(eqn.outvars)
+    views = follow(eqn, inputs[0].view) if len(inputs) == 1 else [None] * len(eqn.outvars)
     outputs = [Node(shape(v), view=view) for v, view in zip(eqn.outvars, views, strict=True)]
     if None in views or eqn.primitive.name == "name":
         ops.append(Op(eqn.primitive.name, eqn.params, tuple(inputs), tuple(outputs)))
@@ -291,15 +284,14 @@ class View(NamedTuple):
 
 
 CASTS = "convert_element_type copy copy_p device_put name pcast pvary reduce_precision sharding_constraint"
+SAME = (*CASTS.split(), "stop_gradient")
 
 
 def follow(eqn: Any, view: View) -> list[View | None]:
-    """The views that the outputs of `eqn` give of what its input shows; None where the view is lost."""
+    """The views that the outputs of `eqn` give of what its one input shows; None where the view is lost."""
     axes, p, shapes = view.axes, eqn.params, [shape(v) for v in eqn.outvars]
     out: list[Axes | None] = [None] * len(shapes)
     match eqn.primitive.name:
-        case _ if len(eqn.invars) != 1:
-            pass
         case "transpose":
             out = [tuple(axes[i] for i in p["permutation"])]
         case "squeeze":
@@ -314,7 +306,7 @@ def follow(eqn: Any, view: View) -> list[View | None]:
             starts = itertools.accumulate(p["sizes"], initial=0)
             corners = [[n * (i == p["axis"]) for i in range(len(axes))] for n in starts]
             out = [_slice(axes, *part) for part in zip(corners, shapes, strict=False)]
-        case name if name in CASTS.split():
+        case name if name in SAME:
             out = [axes]
     return [None if a is None else View(view.root, a) for a in out]
 

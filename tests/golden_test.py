@@ -1,4 +1,4 @@
-"""The bytes that llm-compressor and ModelOpt write for the same weights, one folder of tests/golden at a time."""
+"""The bytes that llm-compressor and ModelOpt write for the same weights, per folder of tests/golden."""
 
 import functools
 import hashlib

@@ -32,7 +32,7 @@ class Hub(BaseHTTPRequestHandler):
     """The routes of the hub that its client asks."""
 
     protocol_version = "HTTP/1.1"
-    server: Server
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format, *args):
         pass

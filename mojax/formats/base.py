@@ -5,7 +5,8 @@ recipe may set (`{format: int4, group: 128}`); the two fields below are set by c
 
   arithmetic  whose rounding makes a scale. "checkpoint": every intermediate is rounded to the dtype of the
               checkpoint, as compressed-tensors does. "float32": intermediates are float32, as ModelOpt does.
-  as_read     True when scales came from a file: they are already rounded, and `outer` leaves them alone.
+  as_read     True when scales came from a file: `outer` then inverts what the file holds in float32, without a
+              second rounding to the dtype of the checkpoint.
 """
 
 from __future__ import annotations
@@ -139,6 +140,10 @@ class Format:
     def spec(self, shape: tuple[int, ...], dtype: np.dtype) -> QTensor:
         """The QTensor of ShapeDtypeStructs that `encode` gives for a weight of this shape."""
         return jax.eval_shape(self.encode, jax.ShapeDtypeStruct(shape, dtype))
+
+    def rounded_to(self, dtype: np.dtype) -> np.dtype:
+        """The dtype that `outer` rounds to: the checkpoint's, unless the scale was read, so rounded already."""
+        return np.dtype(np.float32) if self.as_read else np.dtype(dtype)
 
     def working(self, dtype: np.dtype) -> np.dtype:
         """The dtype that intermediates are rounded to, for a tensor of `dtype`."""

@@ -37,7 +37,7 @@ class INT4(Format):
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, int) or self.group < 2 or self.group % 2:
-            raise InputError(f"int4 group: {self.group!r} is not a positive even number; 128 and 32 are usual")
+            raise InputError(f"int4 group: {self.group!r} is not a positive even number; 128 is usual")
         if not isinstance(self.symmetric, bool):
             raise InputError(f"int4 symmetric: {self.symmetric!r} is neither true nor false")
 

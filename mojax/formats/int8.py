@@ -42,7 +42,7 @@ class INT8(Format):
         if self.per != "tensor":
             return super().outer(amax, dtype)
         top = jnp.asarray(amax, jnp.float32)
-        return top if self.as_read else self._scale(top, dtype)
+        return self._scale(top, self.rounded_to(dtype))
 
     def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
         if self.per == "tensor":

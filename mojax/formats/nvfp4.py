@@ -85,7 +85,7 @@ class NVFP4(Format):
 
     def outer(self, amax: Array, dtype: np.dtype) -> Array:
         top = jnp.asarray(amax, jnp.float32)
-        return top if self.as_read else _RULES[self.arithmetic].outer(top, dtype)
+        return _RULES[self.arithmetic].outer(top, self.rounded_to(dtype))
 
     def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
         top = amax(blocks(w, _BLOCK))
