@@ -136,7 +136,8 @@ def narrow(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
     """
     if values.dtype == dtype:
         return values
-    narrowed = values.astype(dtype)
+    with np.errstate(over="ignore"):
+        narrowed = values.astype(dtype)
     wrong = np.count_nonzero(narrowed.astype(np.float32) != values.astype(np.float32))
     if wrong:
         raise InputError(
@@ -191,36 +192,24 @@ RANGES = {
 }
 
 
-def _divides(format: Format) -> bool:
-    """Whether inputs are multiplied by the outer scale: it is a divisor of what decodes."""
-    return (format.name, format.arithmetic) == ("nvfp4", "checkpoint")
+def amax_of(format: Format, outer: Any) -> np.float32:
+    """The maximum whose outer scale is `outer`: the inverse of `format.outer` with as_read, float32.
 
-
-def amax_of(format: Format, outer: np.ndarray) -> np.float32:
-    """The maximum whose outer scale is `outer`: the inverse of `outer_of`, float32.
-
-    Multiplying and dividing again can be one unit off, so the neighbours are tried as well.
+    The inverse of a rounded quotient can be some units off, so the neighbours are tried as well.
     """
-    outer = np.float32(outer)
-    if outer == 0:
-        return outer
+    scale = np.float32(outer)
+    if scale == 0:
+        return scale
     largest = np.float32(RANGES[format.name, format.arithmetic])
-    amax = largest / outer if _divides(format) else outer * largest
-    neighbours = (amax, np.nextafter(amax, np.float32(0)), np.nextafter(amax, np.float32(np.inf)))
-    return next((a for a in neighbours if outer_of(format, a) == outer), amax)
-
-
-def outer_of(format: Format, amax: Any) -> np.ndarray:
-    """The outer scale, float32 `[]`, of an input that was read: plain float32, the inverse of `amax_of`."""
-    amax = np.asarray(amax, np.float32).reshape(())
-    if amax == 0:
-        return amax
-    largest = np.float32(RANGES[format.name, format.arithmetic])
-    return np.asarray(largest / amax if _divides(format) else amax / largest)
+    divides = (format.name, format.arithmetic) == ("nvfp4", "checkpoint")
+    guess = np.asarray(largest / scale if divides else scale * largest, np.float32)
+    near = (guess.view(np.int32) + np.array([0, -1, 1, -2, 2], np.int32)).view(np.float32)
+    found = np.asarray(format.outer(near, np.dtype(np.float32)))
+    return np.float32(near[np.argmin(np.abs(found - scale))])
 
 
 def static_outer(format: Format, module: str, amax: Any, dtype: Any) -> np.ndarray:
-    """The outer scale of a static input, float32 `[]`, rounded by the format unless it was read so.
+    """The outer scale of a static input, float32 `[]`.
 
     Raises:
       InputError: no maximum was calibrated.
@@ -230,9 +219,16 @@ def static_outer(format: Format, module: str, amax: Any, dtype: Any) -> np.ndarr
             f"{module}.input_scale: {kind(format)} inputs need a maximum from calibration and there is none;"
             " calibrate, or use a recipe with dynamic inputs"
         )
-    if format.as_read:
-        return outer_of(format, amax)
-    return np.asarray(format.outer(np.float32(amax), np.dtype(dtype)), np.float32).reshape(())
+    top = np.asarray(amax, np.float32).reshape(())
+    if format.as_read and top == 0:
+        return top
+    outer = np.asarray(format.outer(top, np.dtype(dtype)), np.float32).reshape(())
+    if not format.as_read:
+        return outer
+    with np.errstate(over="ignore"):
+        whole = outer.astype(dtype).astype(np.float32)
+    # A scale that the file held in the checkpoint's dtype may come back from its maximum a unit off.
+    return np.where(np.abs(whole - outer) <= 4 * np.spacing(outer), whole, outer)
 
 
 def nibbles(codes: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from mojax.converters.base import Get, Parsed, as_read, expect, section
 from mojax.errors import InputError
 from mojax.formats import fp8, mxfp8
-from mojax.formats.base import Arithmetic, QTensor, Scheme
+from mojax.formats.base import Arithmetic, Format, QTensor, Scheme
 
 DIALECT = "fp8"
 ARITHMETIC: Arithmetic = "float32"
@@ -28,7 +28,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 
-BLOCKS = {(128, 128): fp8.FORMAT(per="block"), (1, 32): mxfp8.FORMAT()}
+BLOCKS: dict[tuple[int, ...], Format] = {(128, 128): fp8.FORMAT(per="block"), (1, 32): mxfp8.FORMAT()}
 
 
 def check(scheme: Scheme, target: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mojax import checkpoint, interpret
 from mojax.errors import InputError, nearest
-from mojax.model import Model, Program, embed
+from mojax.model import ROUND, Model, Program, embed
 from mojax.models.layers import Block
 
 
@@ -64,7 +64,7 @@ class Stats(dict[str, dict[str, Any]]):
         return stats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=ROUND)
 def observe(
     program: Program, needs: tuple[str, ...], leaders: tuple[str, ...], params: Mapping[str, Any], x: Any
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:

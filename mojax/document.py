@@ -1,8 +1,8 @@
 """One recipe file: read strictly, and every complaint says the place.
 
-YAML is taken as data only: no tags, no `<<`, a key once. `at` is the place in the words of the message, such as
-`my.yaml: rules[2]`. Names of formats and steps are checked against the files of their room without importing
-them; whether they know an option is checked when the plan is made.
+YAML is taken as data only: no tags, no `<<`, a key once. `at` is the place in the words of the message, such
+as `my.yaml: rules[2]`. Names of formats and steps are checked against the files of their room, none imported;
+whether they know an option is checked when the plan is made.
 """
 
 from __future__ import annotations

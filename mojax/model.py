@@ -18,6 +18,9 @@ from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
 from mojax.models.layers import Block
 
+# Round where the program rounds: XLA may otherwise keep bfloat16 intermediates in float32, and a quantized input
+# one unit away flips codes, so that the simulation drifts from what a server computes.
+ROUND: dict[str, Any] = {"xla_allow_excess_precision": False}
 INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
 
 
@@ -141,19 +144,19 @@ def decode(params: Mapping[str, Any]) -> dict[str, jax.Array]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=ROUND)
 def embed(family: ModuleType, config: Any, params: Mapping[str, Any], tokens: Any) -> jax.Array:
     """`[batch, length, hidden]` of int32 `[batch, length]`."""
     return family.embed(config, params, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=ROUND)
 def head(family: ModuleType, config: Any, params: Mapping[str, Any], x: Any) -> jax.Array:
     """float32 logits `[batch, length, vocabulary]` of `[batch, length, hidden]`."""
     return family.head(config, params, x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=ROUND)
 def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
     """One block on `x [batch, length, hidden]`; quantized inputs are simulated as a server rounds them."""
     return simulate(program, params, x)

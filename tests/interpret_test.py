@@ -283,7 +283,7 @@ def program(ops):
     return lambda p, x: functools.reduce(lambda x, op: steps[op](p, x), ops, x)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, database=None)
 @given(OPS)
 def test_random_programs_are_unchanged(ops):
     fn = program(ops)

@@ -330,7 +330,7 @@ MISTAKES = [
     ("rules: [{match: a, weights: {format: in4}}]", "rules[0].weights.format: unknown format 'in4'"),
     (
         "rules: [{match: a, weights: {format: fp8_dynamic}}]",
-        "unknown format 'fp8_dynamic'; did you mean 'fp8'",
+        "unknown format 'fp8_dynamic'; known: fp8, int4",
     ),
     ("rules: [{match: a, weights: {format: int4, group: [1]}}]", "rules[0].weights.group: found a list"),
     ("rules: [{match: a, weights: {format: int4, group: .nan}}]", "rules[0].weights.group: found nan"),

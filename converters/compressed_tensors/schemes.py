@@ -232,9 +232,9 @@ def _group(name: str, group: Any, found: dict[str, Any]) -> tuple[list[str], Sch
         outputs = group["output_activations"]
         raise InputError(f"{where}.output_activations is {outputs!r}; quantized outputs are not read")
     args = _settings(group["weights"], f"{where}.weights")
-    table = WEIGHTS
+    table: dict[Format, dict[str, Any]] = WEIGHTS
     if (args["type"], args["num_bits"], args["strategy"]) == ("int", 4, "group"):
-        grouped = int4.FORMAT(group=args["group_size"], symmetric=args["symmetric"])
+        grouped: Format = int4.FORMAT(group=args["group_size"], symmetric=args["symmetric"])
         table = {grouped: weight_args(grouped)}
     weights = _format(group["weights"], table, f"{where}.weights")
     inputs = None

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from mojax.converters.base import Get, amax_of, bytes_of, expect, narrow, nibbles, outer_as, static_outer
-from mojax.converters.compressed_tensors.schemes import ARITHMETIC, CACHE, storage
+from mojax.converters.compressed_tensors.schemes import ARITHMETIC, storage
 from mojax.formats import fp8, int4
 from mojax.formats.base import Format, QTensor, Scheme
 
@@ -84,7 +84,7 @@ def _scale_shape(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     return {"tensor": (1,), "channel": (n, 1), "block": (-(-n // 128), -(-k // 128))}[per]
 
 
-def write(module: str, q: QTensor, scheme: Scheme, amax: float | None) -> dict[str, np.ndarray]:
+def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.ndarray]:
     """The tensors of one encoded Linear.
 
     Args:
@@ -204,4 +204,5 @@ def write_cache(attention: str, k_amax: Any, v_amax: Any, dtype: Any) -> dict[st
 def read_cache(attention: str, get: Get) -> tuple[np.float32, np.float32]:
     """The maxima of K and V that the file's scales stand for."""
     k, v = (expect(name, get, FLOATS, (1,)).astype(np.float32) for name in cache_names(attention))
-    return amax_of(CACHE, k.reshape(())), amax_of(CACHE, v.reshape(()))
+    format = fp8.FORMAT(per="tensor", arithmetic=ARITHMETIC, as_read=True)
+    return amax_of(format, k.reshape(())), amax_of(format, v.reshape(()))

@@ -23,7 +23,7 @@ from mojax.converters.base import (
     outer_as,
     static_outer,
 )
-from mojax.converters.modelopt.schemes import ARITHMETIC, CACHE, DIALECT, known
+from mojax.converters.modelopt.schemes import ARITHMETIC, DIALECT, known
 from mojax.errors import InputError
 from mojax.formats import fp8
 from mojax.formats.base import QTensor, Scheme
@@ -69,7 +69,7 @@ def layout(
     return {f"{module}.{name}": jax.ShapeDtypeStruct(s, d) for name, (s, d) in tensors.items()}
 
 
-def write(module: str, q: QTensor, scheme: Scheme, amax: float | None) -> dict[str, np.ndarray]:
+def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.ndarray]:
     """The tensors of one encoded Linear.
 
     Args:
@@ -128,7 +128,7 @@ def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, np
 
     codes, inner = tensor("weight"), tensor("weight_scale")
     inner = inner.astype(F32) if inner.dtype in FLOATS else inner
-    per = getattr(w, "per", None)
+    per = getattr(w, "per", "")
     shapes = {"channel": (shape[0], 1), "block": (-(-shape[0] // 128), -(-shape[1] // 128))}
     inner = inner.reshape(shapes.get(per, inner.shape))
     scales = {"outer": inner} if per == "tensor" else {"inner": inner}
@@ -169,4 +169,5 @@ def write_cache(attention: str, k_amax: Any, v_amax: Any, dtype: Any) -> dict[st
 def read_cache(attention: str, get: Get) -> tuple[np.float32, np.float32]:
     """The maxima of K and V that the file's scales stand for."""
     k, v = (expect(name, get, FLOATS, ()).astype(F32) for name in cache_names(attention))
-    return amax_of(CACHE, k), amax_of(CACHE, v)
+    format = fp8.FORMAT(per="tensor", arithmetic=ARITHMETIC, as_read=True)
+    return amax_of(format, k), amax_of(format, v)

@@ -5,8 +5,8 @@ recipe may set (`{format: int4, group: 128}`); the two fields below are set by c
 
   arithmetic  whose rounding makes a scale. "checkpoint": every intermediate is rounded to the dtype of the
               checkpoint, as compressed-tensors does. "float32": intermediates are float32, as ModelOpt does.
-  as_read     True when scales came from a file: `outer` then inverts what the file holds in float32, without a
-              second rounding to the dtype of the checkpoint.
+  as_read     True when scales came from a file: `outer` then inverts what the file holds in float32, without
+              a second rounding to the dtype of the checkpoint.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Format:
         return jax.eval_shape(self.encode, jax.ShapeDtypeStruct(shape, dtype))
 
     def rounded_to(self, dtype: np.dtype) -> np.dtype:
-        """The dtype that `outer` rounds to: the checkpoint's, unless the scale was read, so rounded already."""
+        """The dtype that `outer` rounds to: the checkpoint's, unless it was read and so rounded before."""
         return np.dtype(np.float32) if self.as_read else np.dtype(dtype)
 
     def working(self, dtype: np.dtype) -> np.dtype:

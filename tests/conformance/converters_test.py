@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from mojax import find
 from mojax.checkpoint import open_checkpoint
 from mojax.converters import base, compressed_tensors, hf_fp8, modelopt
+from mojax.converters.compressed_tensors import schemes as ct_schemes
+from mojax.converters.modelopt import schemes as mo_schemes
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nvfp4
 from mojax.formats.base import Scheme
@@ -106,7 +108,7 @@ def manifest(folder):
 
 def read_json(folder, name):
     path = GOLDEN / folder / name
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def sharing(module):
@@ -225,6 +227,27 @@ def test_compressed_tensors_static_scales_are_its_formulas(format, amax, expecte
     assert float(written[f"{MODULES[0]}.{leaf}"][0]) == float(expected)
 
 
+STATIC = [
+    (compressed_tensors, ct(fp8)),
+    (compressed_tensors, ct(nvfp4)),
+    (compressed_tensors, ct(int8, per="tensor")),
+    (modelopt, mo(fp8)),
+    (modelopt, mo(nvfp4)),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("dialect, format", STATIC, ids=str)
+def test_maxima_come_back_from_static_scales_without_a_changed_bit(dialect, format, dtype):
+    read = base.as_read(format, dialect.ARITHMETIC)
+    for amax in np.geomspace(0.1, 400, 60).astype(dtype).astype(np.float32):
+        outer = base.static_outer(format, "m", amax, dtype)
+        back = base.amax_of(read, outer)
+        assert base.static_outer(read, "m", back, dtype) == outer
+        np.testing.assert_allclose(read.outer(back, dtype), outer, rtol=2.4e-7)
+        np.testing.assert_allclose(back, amax, rtol=np.finfo(np.float16).eps * 8)
+
+
 def test_compressed_tensors_cache_scales():
     written = compressed_tensors.write_cache("model.layers.0.self_attn", 7.625, 5.5, BF16)
     assert {n: (a.dtype, a.shape, float(a[0])) for n, a in written.items()} == {
@@ -265,12 +288,25 @@ def test_a_peers_folder_decodes_to_what_encoding_gives_and_is_written_again_byte
 
 @pytest.mark.parametrize("module", [MODULES[1], MODULES[-1]])
 def test_native_fp8_blocks_decode_to_code_times_scale(module):
-    values, q, amax, scheme, files = decoded("native/llama/FP8_BLOCK128", hf_fp8, module)
+    values, _, amax, scheme, files = decoded("native/llama/FP8_BLOCK128", hf_fp8, module)
     codes, scale = files[f"{module}.weight"], files[f"{module}.weight_scale_inv"]
     wide = np.kron(scale, np.ones((128, 128), np.float32))
     np.testing.assert_array_equal(values, codes.astype(np.float32) * wide)
     assert amax is None and scheme.inputs.per == "block"
-    assert np.shares_memory(q.codes, q.codes.base) or q.codes.base is None
+
+
+def test_codes_are_views_where_the_arrangement_is_the_files():
+    for dialect, scheme in (
+        (compressed_tensors, CT["NVFP4A16"]),
+        (compressed_tensors, CT["FP8_DYNAMIC"]),
+        (modelopt, MO["W4A16_NVFP4_CFG"]),
+        (modelopt, MO["MXFP8_DEFAULT_CFG"]),
+    ):
+        tensors = dialect.write("m", encoded("llama", MODULES[0], scheme.weights), scheme, None)
+        q, _ = dialect.read("m", tensors.__getitem__, scheme, BF16)
+        codes = tensors.get("m.weight_packed", tensors.get("m.weight"))
+        assert np.shares_memory(q.codes, codes)
+        assert np.shares_memory(q.scales["inner"], tensors["m.weight_scale"])
 
 
 def test_native_power_of_two_scales():
@@ -473,10 +509,10 @@ def test_modelopt_mixes_what_vllm_accepts():
 
 def test_full_names_win_over_linear_and_ignore_takes_regular_expressions():
     groups = {
-        "group_0": {"targets": ["Linear"], "weights": compressed_tensors.schemes.weight_args(ct(nvfp4))},
+        "group_0": {"targets": ["Linear"], "weights": ct_schemes.weight_args(ct(nvfp4))},
         "group_1": {
             "targets": ["re:.*down_proj$", "a.b"],
-            "weights": compressed_tensors.schemes.weight_args(ct(mxfp8)),
+            "weights": ct_schemes.weight_args(ct(mxfp8)),
         },
     }
     config = {"config_groups": groups, "ignore": ["re:.*lm_head", "x.y"], "format": "mixed-precision"}
@@ -667,7 +703,7 @@ def test_who_loads_what(dialect, scheme, loads):
 
 
 def test_every_reason_belongs_to_a_refusal():
-    for dialect in (compressed_tensors.schemes, modelopt.schemes):
+    for dialect in (ct_schemes, mo_schemes):
         for weights, inputs, target in dialect.REASONS:
             assert target in base.TARGETS and target not in dialect.LOADS[weights, inputs]
 

@@ -98,11 +98,8 @@ CASES = ROPES | {
 WINDOWS = {
     "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "window_off": {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
-    "layer_types": {
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "layer_types": {"use_sliding_window": True, "sliding_window": 5}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
     "kv_heads_missing": {"num_attention_heads": 32, "num_key_value_heads": MISSING},
     "kv_heads_null": {"num_key_value_heads": None},
 }
