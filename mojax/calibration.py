@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import checkpoint, interpret
+from mojax.compile import jit
 from mojax.errors import InputError, nearest
-from mojax.model import ROUND, Model, Program, embed
+from mojax.model import Model, Program, embed
 from mojax.models.layers import Block
 
 
@@ -64,7 +64,7 @@ class Stats(dict[str, dict[str, Any]]):
         return stats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=ROUND)
+@jit(static_argnums=(0, 1, 2))
 def observe(
     program: Program, needs: tuple[str, ...], leaders: tuple[str, ...], params: Mapping[str, Any], x: Any
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:

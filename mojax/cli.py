@@ -126,7 +126,7 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
     """
     f = define(verb)
     known = sorted(f)
-    args = ["--" + a.lstrip("-").replace("-", "_", 1) if _dashed(a, known) else a for a in args]
+    args = [_underscored(a, known) for a in args]
     for arg in args:
         name = arg.lstrip("-").partition("=")[0]
         if arg.startswith("-") and name not in known and not (name.startswith("no") and name[2:] in known):
@@ -148,10 +148,11 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
     return f, words
 
 
-def _dashed(arg: str, known: list[str]) -> bool:
-    """Whether a flag was written with dashes inside: --kl-limit=1."""
-    name = arg.lstrip("-").partition("=")[0]
-    return arg.startswith("--") and name not in known and name.replace("-", "_") in known
+def _underscored(arg: str, known: list[str]) -> str:
+    """A flag written with dashes inside, --kl-limit=1, as it is defined."""
+    name, equals, value = arg.partition("=")
+    plain = name.lstrip("-").replace("-", "_")
+    return f"--{plain}{equals}{value}" if arg.startswith("--") and plain in known else arg
 
 
 def usage(verb: str | None = None) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from mojax import find, verify
+from mojax import find, pipeline, verify
 from mojax.converters import base as dialects
 from mojax.errors import InputError, PlanError
 from mojax.model import INPUT, Model, linears, load
@@ -36,11 +37,14 @@ def convert(source: str | Path, format: str, out: str | Path, *, max_shard_size:
     if dialects.section(model.config).get("quant_method") in target.METHODS:
         raise InputError(f"{source}: is in {target.DIALECT} already")
     plan = as_plan(model, target)
-    facts = {"converted_from": dialects.section(model.config).get("quant_method", "modelopt"), "format": target.DIALECT}
+    method = dialects.section(model.config).get("quant_method", "modelopt")
+    facts = {"converted_from": method} | pipeline.fingerprint(files, plan, None)
     writer = Writer(Path(out), plan, model, facts, max_shard_size)
     for unit in writer.units:
         writer.write(unit, unit_params(model, unit))
     writer.finish()
+    if (files.folder / "README.md").exists():
+        shutil.copyfile(files.folder / "README.md", writer.partial / "README.md")
     verify.verify(writer.partial, plan=plan)
     return writer.rename()
 

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax.calibration import batches
+from mojax.checkpoint import Checkpoint
+from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.model import Model, decode, embed, head, run_block
+from mojax.model import Lazy, Model, decode, embed, head, run_block
 
 CHUNK = 2**24  # logits at a time, in elements
 
@@ -60,7 +62,7 @@ class Report:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
-@jax.jit
+@jit()
 def compare(p_logits: jax.Array, q_logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
     """Per token of float32 logits `[tokens, vocabulary]` and targets int32 `[tokens]`.
 
@@ -141,7 +143,7 @@ def _finite(what: str, value: Any) -> float:
 
 def bits(model: Model, reference: Model) -> float:
     """8 x bytes of all tensors / parameters of the source; a tied tensor counts once."""
-    if model.checkpoint is not None:
+    if model.checkpoint is not None and isinstance(model.params, (Checkpoint, Lazy)):
         size = sum(e.stop - e.start for e in model.checkpoint.entries.values())
     else:
         size = sum(_bytes(leaf) for leaf in model.params.values())

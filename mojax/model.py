@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import checkpoint, find, interpret, trace
+from mojax.compile import jit
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
 from mojax.models.layers import Block
 
-# Round where the program rounds: XLA may otherwise keep bfloat16 intermediates in float32, and a quantized input
-# one unit away flips codes, so that the simulation drifts from what a server computes.
-ROUND: dict[str, Any] = {"xla_allow_excess_precision": False}
 INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
 
 
@@ -135,7 +133,7 @@ class Model:
         return self.apply(self.params, tokens)
 
 
-@jax.jit
+@jit()
 def decode(params: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Every encoded leaf as an array of the checkpoint's dtype; the others as they are."""
     return {
@@ -144,19 +142,19 @@ def decode(params: Mapping[str, Any]) -> dict[str, jax.Array]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=ROUND)
+@jit(static_argnums=(0, 1))
 def embed(family: ModuleType, config: Any, params: Mapping[str, Any], tokens: Any) -> jax.Array:
     """`[batch, length, hidden]` of int32 `[batch, length]`."""
     return family.embed(config, params, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=ROUND)
+@jit(static_argnums=(0, 1))
 def head(family: ModuleType, config: Any, params: Mapping[str, Any], x: Any) -> jax.Array:
     """float32 logits `[batch, length, vocabulary]` of `[batch, length, hidden]`."""
     return family.head(config, params, x)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=ROUND)
+@jit(static_argnums=(0,))
 def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
     """One block on `x [batch, length, hidden]`; quantized inputs are simulated as a server rounds them."""
     return simulate(program, params, x)
@@ -261,7 +259,8 @@ def _check_shapes(model: Model, found: Mapping[str, tuple[int, ...]]) -> None:
 def linears(model: Model, names: Mapping[str, Any]) -> list[str]:
     """The modules that may be encoded: two-dimensional weights of the blocks, and an untied head."""
     if model.family is None:
-        return sorted({n.rsplit(".", 1)[0] for n in names if n.endswith((".weight", ".weight_packed"))})
+        found = [n for n in names if n.endswith((".weight", ".weight_packed")) and "embed" not in n]
+        return sorted({n.rsplit(".", 1)[0] for n in found if len(_shape(names, n)) == 2})
     inside = tuple(b.prefix for b in model.blocks)
     shapes = model.family.shapes(model.hyper)
     return [
@@ -269,6 +268,10 @@ def linears(model: Model, names: Mapping[str, Any]) -> list[str]:
         for n, shape in shapes.items()
         if n.endswith(".weight") and len(shape) == 2 and (n.startswith(inside) or n == "lm_head.weight")
     ]
+
+
+def _shape(names: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return names.spec(name).shape if isinstance(names, checkpoint.Checkpoint) else names[name].shape
 
 
 def _encoded(model: Model, dialect: ModuleType) -> Model:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import mojax
 from mojax import calibration, evaluation, model_card, text, verify
 from mojax.calibration import Stats, calibrate_block
 from mojax.checkpoint import Checkpoint
+from mojax.document import Calibration
 from mojax.errors import InputError
 from mojax.evaluation import Report
 from mojax.model import INPUT, Model, load
@@ -23,7 +25,7 @@ from mojax.models.layers import Block
 from mojax.planner import Plan, plan
 from mojax.recipe import Recipe, load_recipe, resolved
 from mojax.transforms.rtn import static_maximum
-from mojax.writer import Unit, Writer, unit_params
+from mojax.writer import Unit, Writer, refuse, unit_params
 
 Say = Callable[[str], None]
 
@@ -111,23 +113,32 @@ def optimize(
     model = load(source, revision=revision, generic=generic)
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     todo = plan(model, recipe, format=format, target=target)
-    if model.checkpoint is None:
-        raise InputError("optimize streams from files; a model in memory goes through calibrate, apply and export")
+    assert model.checkpoint is not None
+    limit = _limit(kl_limit, recipe, Path(out), evaluate and model.family is not None)
     seen = read_text(model, todo, recipe, calibration_text, "calibration") if todo.needs else None
     if seen is not None:
         say(f"calibration text ({seen.origin}): {seen.preview!r}")
     judged = read_text(model, todo, recipe, evaluation_text, "evaluation") if evaluate and model.family else None
     facts = fingerprint(model.checkpoint, todo, seen)
     writer = Writer(Path(out), todo, model, facts, max_shard_size)
-    _write(writer, seen, say, interrupted)
+    try:
+        _write(writer, seen, say, interrupted)
+    except InputError as error:
+        if not isinstance(error.__cause__, OSError):  # a full disk: go on later; else this command can only fail again
+            writer.discard()
+        raise _blame(error, model) from error
     writer.finish()
     checked = verify.verify(writer.partial, reference=model.checkpoint.folder, plan=todo)
     for note in checked.notes:
         say(note)
-    report = Report(note="no forward function for this model_type, so nothing was evaluated" if generic else "")
+    report = Report(note="no forward function for this model_type, so nothing was evaluated" if model.family is None else "")
     if judged is not None:
-        written = load(writer.partial)
-        report = evaluation.evaluate(written, model, judged.ids, text=judged.origin)
+        if interrupted():
+            raise Interrupted
+        try:
+            report = evaluation.evaluate(load(writer.partial), model, judged.ids, text=judged.origin)
+        except InputError as error:
+            raise _blame(error, model) from error
     report = dataclasses.replace(
         report,
         bits_per_weight=todo.bits_per_weight,
@@ -137,12 +148,44 @@ def optimize(
         peak_rss_bytes=evaluation.peak_rss(),
     )
     model_card.write(writer.partial, model.checkpoint.folder, report, todo)
-    limit = kl_limit if kl_limit is not None else recipe.limits.get("kl_mean")
     if limit is not None and report.kl_mean is not None and report.kl_mean > limit:
         rejected = writer.rename(".rejected")
         raise LimitError(f"{rejected}: KL to the source is {report.kl_mean:.4f} nats, the limit is {limit}")
     writer.rename()
     return report
+
+
+def _limit(kl_limit: float | None, recipe: Recipe, out: Path, evaluated: bool) -> float | None:
+    """The largest mean KL, checked before hours of work."""
+    if kl_limit is not None and not kl_limit >= 0:
+        raise InputError(f"--kl_limit={kl_limit}: needed nats per token, 0 or more")
+    if kl_limit is not None and not evaluated:
+        raise InputError("--kl_limit needs the evaluation: leave out --noevaluate (--generic models have none)")
+    limit = kl_limit if kl_limit is not None else recipe.limits.get("kl_mean")
+    if limit is not None and evaluated:
+        refuse(out.with_name(out.name + ".rejected"))
+    return limit
+
+
+def _blame(error: InputError, model: Model) -> InputError:
+    """The error, or a better one: NaN in a norm or an embedding shows only far behind it."""
+    names = [] if isinstance(error.__cause__, OSError) else not_finite(model)
+    if not names or any(name in str(error) for name in names):
+        return error
+    listed = ", ".join(names[:10])
+    return InputError(f"{listed}: holds NaN or infinity in the source; repair the checkpoint ({error})")
+
+
+def not_finite(model: Model) -> list[str]:
+    """The float tensors of the source that hold NaN or infinity. Reads everything."""
+    found = []
+    for name in model.params:
+        flat = np.asarray(model.params[name]).reshape(-1)
+        if jnp.issubdtype(flat.dtype, jnp.floating) and not all(
+            np.isfinite(flat[i : i + 2**22].astype(np.float32)).all() for i in range(0, flat.size, 2**22)
+        ):
+            found.append(name)
+    return found
 
 
 def _write(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Callable[[], bool]) -> None:
@@ -160,7 +203,7 @@ def _write(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Call
             params = unit_params(model, unit)
             writer.write(unit, params | apply_block(model, todo, block, stats))
         say(_progress(i + 1, len(writer.units), unit, time.monotonic() - begun))
-        if interrupted() and i + 1 < len(writer.units):
+        if interrupted():
             raise Interrupted
 
 
@@ -171,13 +214,16 @@ def _progress(done: int, total: int, unit: Unit, seconds: float) -> str:
 
 def read_text(model: Model, todo: Plan, recipe: Recipe, source: str | None, purpose: str) -> text.Tokens:
     """The tokens that a recipe asks for, checked against the model."""
-    c = recipe.calibration
+    return _tokens(model, recipe.calibration._replace(text=source or recipe.calibration.text), purpose)
+
+
+def _tokens(model: Model, c: Calibration, purpose: str) -> text.Tokens:
     assert model.checkpoint is not None
     longest = model.config.get("max_position_embeddings")
     if longest and c.length > longest:
         raise InputError(f"--length={c.length}: the model has {longest} positions (max_position_embeddings); lower it")
     return text.tokens(
-        source or c.text,
+        c.text,
         model.checkpoint.folder,
         sequences=c.sequences,
         length=c.length,
@@ -187,21 +233,29 @@ def read_text(model: Model, todo: Plan, recipe: Recipe, source: str | None, purp
     )
 
 
-def fingerprint(files: Checkpoint, todo: Plan, seen: text.Tokens | None) -> dict[str, Any]:
+def fingerprint(files: Checkpoint | None, todo: Plan, seen: text.Tokens | None) -> dict[str, Any]:
     """What the output depends on; two runs with the same fingerprint write the same bytes."""
-    tensors = [(e.name, e.dtype.name, e.shape, e.start, e.stop, e.file.name) for e in files.entries.values()]
+    recipe = todo.recipe
     packages = ("jax", "numpy", "ml_dtypes", "tokenizers")
     return {
-        "source": {
-            "config_sha256": hashlib.sha256((files.folder / "config.json").read_bytes()).hexdigest(),
-            "headers_sha256": hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest(),
-        },
-        "recipe": resolved(todo.recipe),
+        "source": source_facts(files),
+        "recipe": resolved(recipe) if recipe else None,
         "format": todo.dialect.DIALECT,
         "target": todo.target,
         "data": {"origin": seen.origin, "sha256": seen.digest} if seen else None,
-        "seed": todo.recipe.calibration.seed,
+        "seed": recipe.calibration.seed if recipe else None,
         "versions": {"mojax": mojax.__version__} | {p: importlib.metadata.version(p) for p in packages},
+    }
+
+
+def source_facts(files: Checkpoint | None) -> dict[str, Any]:
+    """What tells one source from another without reading its weights."""
+    if files is None:
+        return {}
+    tensors = [(e.name, e.dtype.name, e.shape, e.start, e.stop, e.file.name) for e in files.entries.values()]
+    return {
+        "config_sha256": hashlib.sha256((files.folder / "config.json").read_bytes()).hexdigest(),
+        "headers_sha256": hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest(),
     }
 
 
@@ -215,16 +269,7 @@ def evaluate_folder(
     """
     begun = time.monotonic()
     out, base = load(folder), load(reference)
-    assert base.checkpoint is not None
-    seen = text.tokens(
-        source,
-        base.checkpoint.folder,
-        sequences=sequences,
-        length=length,
-        seed=seed,
-        purpose="evaluation",
-        vocab=base.config.get("vocab_size"),
-    )
+    seen = _tokens(base, Calibration(source, sequences, length, seed), "evaluation")
     report = evaluation.evaluate(out, base, seen.ids, text=seen.origin)
     errors = verify.verify(folder, reference).errors if out.schemes else {}
     return dataclasses.replace(

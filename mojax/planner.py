@@ -18,7 +18,7 @@ from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, Scheme
 from mojax.model import Model
 from mojax.models.layers import Block
-from mojax.recipe import Recipe, Rule, load_recipe
+from mojax.recipe import Recipe, Rule, load_recipe, menu_rows
 from mojax.transforms.base import Context, Transform, chain
 
 TARGETS = ("vllm", "sglang", "trtllm", "transformers")
@@ -218,6 +218,7 @@ class _Planner:
         rows = self._share(rows)
         cache = self._cache()
         self._unmatched()
+        self._data(rows, step, cache)
         if not any(r.scheme for r in rows):
             self.problems.append("nothing would be quantized: every tensor is kept; see `mojax plan` without --keep")
         for name in OUTPUTS:
@@ -372,10 +373,23 @@ class _Planner:
             return None
         return resolve_format({"format": "fp8"}, "kv_cache", self.dialect.ARITHMETIC)
 
+    def _data(self, rows: list[Row], step: Transform, cache: Format | None) -> None:
+        static = any(r.scheme and r.scheme.inputs and r.scheme.inputs.static for r in rows)
+        if self.model.family is None and (static or step.needs or cache):
+            self.problems.append(
+                f"{self.recipe.name} needs calibration, and model_type {self.model.config.get('model_type')!r} has no "
+                f"forward function here; use a recipe that needs no data: {', '.join(data_free())}"
+            )
+
     def _unmatched(self) -> None:
         for i, rule in enumerate(self.recipe.rules):
             if i not in self.matched and not rule.shipped and not rule.optional:
                 self.problems.append(f"{rule.match}: this rule matches no tensor{nearest(rule.match, self.files)}")
+
+
+def data_free() -> list[str]:
+    """The shipped recipes that need no text."""
+    return [row["name"] for row in menu_rows() if not row.get("needs_data", True)]
 
 
 def table(plan: Plan, *, every: bool = False) -> str:

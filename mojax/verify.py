@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
+import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import checkpoint, model, trace
+from mojax.compile import jit
 from mojax.converters import base as dialects
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
+from mojax.formats.rows import common_rows, cut
 from mojax.model import Model
 from mojax.models.layers import Block
 from mojax.planner import Plan
@@ -55,11 +60,13 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
       InputError: not a readable or not a quantized checkpoint.
       VerifyError: every difference found.
     """
-    out = model.load(folder)
+    out = model.load(folder, generic=True)
     if not out.schemes:
         raise InputError(f"{folder}: is not quantized (config.json has no quantization_config)")
-    source = model.load(reference) if reference is not None else None
+    source = model.load(reference, generic=True) if reference is not None else None
     check = _Check(out, source, plan)
+    if plan is None:  # else it was written a moment ago
+        check.digests()
     check.layout()
     check.ignored()
     check.fused()
@@ -86,13 +93,31 @@ class _Check:
         if plan is not None and set(plan.schemes) != set(out.schemes):
             odd = sorted(set(plan.schemes) ^ set(out.schemes))
             self.differences.append(f"config.json and the plan disagree on what is encoded: {', '.join(odd[:10])}")
+        for module, scheme in (plan.schemes if plan is not None else {}).items():
+            found = out.schemes.get(module, scheme)
+            if [dialects.plain(f) for f in found] != [dialects.plain(f) for f in scheme]:
+                said, meant = dialects.label(found), dialects.label(scheme)
+                self.differences.append(f"{module}: config.json says {said}, the plan {meant}")
+
+    def digests(self) -> None:
+        """Every file that the writer recorded is there, and is what it was."""
+        path = self.files_out.folder / "mojax.json"
+        recorded = checkpoint.read_json(path).get("sha256", {}) if path.exists() else {}
+        for name, digest in recorded.items():
+            file = self.files_out.folder / name
+            if not file.is_file():
+                self.differences.append(f"{name}: is missing, mojax.json lists it")
+            else:
+                with open(file, "rb") as f:
+                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                        self.differences.append(f"{name}: was changed after it was written (SHA-256 in mojax.json)")
 
     def layout(self) -> None:
         """Every tensor of an encoded module is there with the dtype and shape of its dialect; scales are sane."""
         for module, scheme in self.out.schemes.items():
             try:
                 q = self.out.params[module + ".weight"]
-                want = self.dialect.layout(module, q.shape, self.out.dtype, scheme)
+                want = self._layout(module)
             except (InputError, KeyError) as error:
                 self.differences.append(f"{module}: cannot be read back: {error}")
                 continue
@@ -106,6 +131,12 @@ class _Check:
                 elif np.dtype(dtype).itemsize != np.dtype(spec.dtype).itemsize and not name.endswith("scale"):
                     self.differences.append(f"{name}: dtype is {np.dtype(dtype).name}, needs {np.dtype(spec.dtype).name}")
             self._scales(module, q)
+
+    def _layout(self, module: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        if not self.dialect.WRITES:
+            return {}
+        shape = self.out.params[module + ".weight"].shape
+        return self.dialect.layout(module, shape, self.out.dtype, self.out.schemes[module])
 
     def _scales(self, module: str, q: QTensor) -> None:
         for level, scale in q.scales.items():
@@ -152,13 +183,20 @@ class _Check:
         assert self.source is not None and self.source.checkpoint is not None
         files = self.source.checkpoint
         rewritten = set(self.rewritten())
+        known = set(files)
         for name in files:
             if name.removesuffix(".weight") in self.out.schemes and name.endswith(".weight"):
+                known.discard(name)
                 continue
             if name not in self.files_out:
                 self.differences.append(f"{name}: is in the source, but was not written")
             elif name not in rewritten and _bytes(files[name]) != _bytes(self.files_out[name]):
                 self.differences.append(f"{name}: was to be kept, but its bytes differ from the source's")
+        endings = self.dialect.SUFFIXES + (".weight",)
+        for name in self.files_out:
+            module = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
+            if name not in known and module not in self.out.schemes and not name.endswith((".k_scale", ".v_scale")):
+                self.differences.append(f"{name}: is neither in the source nor part of an encoded tensor")
 
     def rewritten(self) -> Iterator[str]:
         """High-precision tensors that a step may change: producers of encoded sites, if a step smooths."""
@@ -211,19 +249,39 @@ class _Check:
             before = {g: self.source.params[prefix + g] for g in gains}
             after = {g: self.out.params[prefix + g] for g in gains}
             weights = smoothed(weights, encoded, before, after, folded)
-        values = relative_errors(encoded, weights)
-        return {prefix + k: float(v) for k, v in values.items()}
+        rows = common_rows([q.shape for q in encoded.values()])
+        with ThreadPoolExecutor() as pool:
+            values = pool.map(lambda name: relative_error(encoded[name], weights[name], rows), encoded)
+            return {prefix + name: value for name, value in zip(encoded, values, strict=True)}
 
 
-@jax.jit
-def relative_errors(encoded: Mapping[str, QTensor], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """|W - decoded| / |W| (Frobenius) by name; a zero tensor that decodes to zero has error 0."""
-    out = {}
-    for name, q in encoded.items():
-        w = jnp.asarray(weights[name]).astype(jnp.float32)
-        e, n = jnp.sum(jnp.square(w - q.format.decode(q))), jnp.sum(jnp.square(w))
-        out[name] = jnp.where(e == 0, 0.0, jnp.sqrt(e / n))
-    return out
+@jit()
+def _squares(q: QTensor, w: Any) -> tuple[jax.Array, jax.Array]:
+    w = jnp.asarray(w).astype(jnp.float32)
+    return jnp.sum(jnp.square(w - q.format.decode(q))), jnp.sum(jnp.square(w))
+
+
+def relative_error(q: QTensor, w: Any, rows: int) -> float:
+    """|W - decoded| / |W| (Frobenius), `rows` at a time; a zero tensor that decodes to zero has error 0."""
+    pieces = [_squares(part, w_part) for part, w_part in zip(cut_encoded(q, rows), cut(w, rows), strict=True)]
+    error, norm = (math.fsum(map(float, column)) for column in zip(*pieces, strict=True))
+    return math.sqrt(error / norm) if norm else (0.0 if not error else math.inf)
+
+
+def cut_encoded(q: QTensor, rows: int) -> list[QTensor]:
+    """A QTensor in pieces of `rows` rows, or whole if `rows` is 0."""
+    if not rows or rows == q.shape[0]:
+        return [q]
+    count = q.shape[0] // rows
+    levels = {
+        level: [scale] * count if scale.ndim == 0 else np.split(np.asarray(scale), count)
+        for level, scale in q.scales.items()
+    }
+    codes = np.split(np.asarray(q.codes), count)
+    shape = (rows, *q.shape[1:])
+    return [
+        QTensor(codes[i], {k: v[i] for k, v in levels.items()}, q.format, shape, q.dtype) for i in range(count)
+    ]
 
 
 def smoothed(

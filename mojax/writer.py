@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,11 @@ from mojax import checkpoint
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
 from mojax.model import INPUT, Model
-from mojax.planner import Plan, Row
+from mojax.planner import OUTPUTS, Plan, Row
+
+
+RECORD = "mojax.json"  # the facts; older than anything else in OUT.partial, so its time is when the run began
+OURS = (RECORD, "report.json", "README.md")  # not among the files whose digests are recorded
 
 
 class Unit(NamedTuple):
@@ -52,8 +57,8 @@ class Writer:
       out: must not exist; `<out>.partial` is made, or resumed if its fingerprint is the same.
       facts: what the output depends on (source, recipe, data, versions); written as mojax.json.
     Raises:
-      InputError: `out` exists; `<out>.partial` belongs to another run (the message says what differs); too
-        little disk.
+      InputError: `out` exists or lies in the source; `<out>.partial` belongs to another run (the message says
+        what differs); too little disk.
     """
 
     def __init__(self, out: Path, plan: Plan, model: Model, facts: Mapping[str, Any], max_shard_size: int = 5 * 10**9):
@@ -62,14 +67,23 @@ class Writer:
         self.units = units(plan, model, max_shard_size)
         self.source = model.checkpoint
         refuse(out)
-        _room(out, plan.bytes_after)
-        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
-        record = self.partial / "mojax.json"
+        if self.source is not None:
+            _outside(out, self.source.folder)
+        self.facts = json.loads(json.dumps(dict(facts) | {"max_shard_size": max_shard_size}))
         if self.partial.exists():
-            _same(self.partial, record, json.loads(text))
+            _same(self.partial, self.facts, self.source)
+        _room(out, plan.bytes_after, self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
-        if not record.exists():
-            checkpoint.write_text(record, text)
+        self._record(self.facts)
+
+    def _record(self, facts: Mapping[str, Any]) -> None:
+        path = self.partial / RECORD
+        if not path.exists() or checkpoint.read_json(path) != facts:
+            checkpoint.write_text(path, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+    def discard(self) -> None:
+        """Remove OUT.partial: the same command could not go on from it."""
+        shutil.rmtree(self.partial)
 
     def done(self, unit: Unit) -> bool:
         """Whether an interrupted run has finished this unit: its files are renamed into place when complete."""
@@ -107,6 +121,8 @@ class Writer:
         """The config, the copied files, and the index last."""
         assert self.source is not None
         for path in checkpoint.side_files(self.source.folder):
+            if path.parent == self.source.folder and path.name in OUTPUTS:
+                continue  # of the conversion that this is made from
             target = self.partial / path.relative_to(self.source.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
@@ -123,6 +139,10 @@ class Writer:
                     weight_map[tensor] = name
                     total += entry.stop - entry.start
         checkpoint.write_index(self.partial, weight_map, total)
+        self.facts["sha256"] = digests(self.partial)
+        times = (self.partial / RECORD).stat()
+        self._record(self.facts)
+        os.utime(self.partial / RECORD, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     def rename(self, suffix: str = "") -> Path:
         """The last act: OUT.partial becomes OUT, or OUT.rejected."""
@@ -143,15 +163,37 @@ def ignored(plan: Plan, model: Model) -> list[str]:
 
 def refuse(out: Path) -> None:
     """An existing output is never touched."""
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out}: exists already; choose another --out, or remove it first")
 
 
-def _same(partial: Path, record: Path, wanted: Mapping[str, Any]) -> None:
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of an output, by name; not of those that are written after it or may be edited."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in OURS and not name.endswith(".tmp"):
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _outside(out: Path, source: Path) -> None:
+    if out.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{out}: lies in the source {source}, which is never written to; choose another --out")
+
+
+def _same(partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoint | None) -> None:
+    record = partial / RECORD
     if not record.exists():
         raise InputError(f"{partial}: exists, but was not begun by mojax; choose another --out, or remove it")
     found = checkpoint.read_json(record)
+    found.pop("sha256", None)
     differing = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+    if source is not None and not differing:
+        begun = record.stat().st_mtime_ns
+        changed = {e.file for e in source.entries.values() if e.file.stat().st_ctime_ns > begun}
+        differing = [f"{file.name} (changed since)" for file in sorted(changed)]
     if differing:
         raise InputError(
             f"{partial}: was begun with another {', '.join(differing)}; run the same command as then to go on, "
@@ -159,9 +201,9 @@ def _same(partial: Path, record: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _room(out: Path, needed: int) -> None:
+def _room(out: Path, needed: int, partial: Path) -> None:
     folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + sum(p.stat().st_size for p in partial.glob("*.safetensors"))
     if free < needed * 1.05:
         raise InputError(
             f"{out}: needs {math.ceil(needed * 1.05 / 1e6)} MB of disk, {free // 10**6} MB are free; "
@@ -181,9 +223,9 @@ def export(model: Model, out: str | Path, *, plan: Plan, max_shard_size: int = 5
       InputError: `out` exists, or too little disk.
       VerifyError: what was written is not what was meant; `<out>.partial` is left for a look.
     """
-    from mojax import verify
+    from mojax import pipeline, verify
 
-    facts = {"plan": verify.plan_facts(plan)}
+    facts = pipeline.fingerprint(model.checkpoint, plan, None)
     writer = Writer(Path(out), plan, model, facts, max_shard_size)
     for unit in writer.units:
         writer.write(unit, unit_params(model, unit))

@@ -6,29 +6,46 @@ scale, taken over all of them before anything is encoded.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import Format, QTensor
+from mojax.formats.rows import common_rows, cut
 from mojax.transforms.base import Context, Params, Transform
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def encode(weights: tuple[Any, ...], format: Format) -> tuple[tuple[QTensor, ...], jax.Array]:
-    """Encode weights `[out, in]` that share one outer scale (if the format has one).
+@jit(static_argnums=(0,))
+def _encode(format: Format, w: Any, outer: Any) -> QTensor:
+    return format.encode(w, outer)
 
-    Returns:
-      the QTensors, and the largest magnitude of each weight, float32 `[len(weights)]`; NaN and infinity show.
-    """
-    amax = jnp.stack([jnp.max(jnp.abs(w)).astype(jnp.float32) for w in weights])
-    outer = format.outer(jnp.max(amax), weights[0].dtype) if len(weights) > 1 else None
-    return tuple(format.encode(w, outer) for w in weights), amax
+
+@jit()
+def _largest(w: Any) -> jax.Array:
+    return jnp.max(jnp.abs(w)).astype(jnp.float32)
+
+
+def largest(w: Any, rows: int) -> np.float32:
+    """The largest magnitude of a weight, `rows` at a time; NaN and infinity show."""
+    return np.max([np.float32(_largest(part)) for part in cut(w, rows)])
+
+
+def encode(format: Format, w: Any, outer: Any, rows: int) -> QTensor:
+    """One weight `[out, in]` under the outer scale `outer` (None: the format has none), `rows` at a time."""
+    parts = [_encode(format, part, outer) for part in cut(w, rows)]
+    if len(parts) == 1:
+        return parts[0]
+    scales = {
+        level: parts[0].scales[level] if level == "outer" else np.concatenate([p.scales[level] for p in parts])
+        for level in parts[0].scales
+    }
+    return QTensor(np.concatenate([p.codes for p in parts]), scales, format, tuple(w.shape), parts[0].dtype)
 
 
 def rtn() -> Transform:
@@ -41,20 +58,30 @@ def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Cont
     grouped = {name for group in shared for name in group}
     alone = [(m + ".weight",) for m in context.schemes if m + ".weight" not in grouped]
     changed: dict[str, Any] = {}
-    for group in (*shared, *alone):
-        scheme = context.schemes[group[0].removesuffix(".weight")]
-        encoded, amax = encode(tuple(params[n] for n in group), scheme.weights)
-        for name, q, largest in zip(group, encoded, np.asarray(amax), strict=True):
-            if not np.isfinite(largest):
-                raise InputError(
-                    f"{name}: holds NaN or infinity, which no format can hold; repair the checkpoint, or add "
-                    f"--keep={name} to leave this tensor as it is"
-                )
-            changed[name] = q
+    rows = common_rows([params[m + ".weight"].shape for m in context.schemes])
+    with ThreadPoolExecutor() as pool:  # most of the time of a small model is compiling, which threads share
+        for done in pool.map(lambda group: _encode_group(params, group, context, rows), (*shared, *alone)):
+            changed |= done
     for module, scheme in context.schemes.items():
         if scheme.inputs is not None and scheme.inputs.static:
             changed[module + ".input_scale"] = static_maximum(module + ".weight", stats)
     return changed
+
+
+def _encode_group(params: Params, group: tuple[str, ...], context: Context, rows: int) -> dict[str, QTensor]:
+    """Encode the weights of one group, under one outer scale where the format has one."""
+    format = context.schemes[group[0].removesuffix(".weight")].weights
+    amax = {name: largest(params[name], rows) for name in group}
+    for name, value in amax.items():
+        if not np.isfinite(value):
+            raise InputError(
+                f"{name}: holds NaN or infinity, which no format can hold; repair the checkpoint, or add "
+                f"--keep={name} to leave this tensor as it is"
+            )
+    outer = None
+    if format.static:
+        outer = format.outer(max(amax.values()), np.dtype(params[group[0]].dtype))
+    return {name: encode(format, params[name], outer, rows) for name in group}
 
 
 def static_maximum(name: str, stats: Mapping[str, Mapping[str, Any]]) -> np.float32:

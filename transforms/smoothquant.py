@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.trace import Site
 from mojax.transforms.base import Context, Params, Transform
@@ -22,7 +23,7 @@ from mojax.transforms.base import Context, Params, Transform
 SMALLEST = 1e-5  # of a scale, as in the paper's code: keeps dead channels finite
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@jit(static_argnums=(2,))
 def solve(x: jax.Array, weights: tuple[jax.Array, ...], alpha: float) -> jax.Array:
     """The scales s, float32 `[in]`, from max|X_j| `[in]` and the weights `[out, in]` that read X."""
     w = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(v), axis=0).astype(jnp.float32) for v in weights])
@@ -30,12 +31,12 @@ def solve(x: jax.Array, weights: tuple[jax.Array, ...], alpha: float) -> jax.Arr
     return jnp.where((x == 0) | (w == 0), 1.0, s)
 
 
-@jax.jit
+@jit()
 def _columns(w: jax.Array, s: jax.Array) -> jax.Array:
     return (w.astype(jnp.float32) * s[None, :]).astype(w.dtype)
 
 
-@jax.jit
+@jit()
 def _rows(w: jax.Array, s: jax.Array) -> jax.Array:
     return (w.astype(jnp.float32) / (s if w.ndim == 1 else s[:, None])).astype(w.dtype)
 

@@ -60,7 +60,7 @@ jax.tree_util.register_dataclass(
 class Format:
     """A number format.
 
-    Subclasses set the class attributes, `check`, `outer` where there is one, and the arithmetic: `fit` finds
+    Subclasses set the class attributes, `check`, `fit_outer` where there is an outer scale, and the arithmetic: `fit` finds
     scales, `round` finds codes under scales, `value` gives their meaning. The rest follows from these.
     """
 
@@ -104,6 +104,10 @@ class Format:
         Raises:
           TypeError: this format has no outer scale.
         """
+        return _outer(self, amax, np.dtype(dtype))
+
+    def fit_outer(self, top: jax.Array, dtype: np.dtype) -> jax.Array:
+        """`outer` for a float32 `top`; what a subclass with an outer scale defines."""
         raise TypeError(f"{self.name} has no outer scale")
 
     def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
@@ -157,7 +161,7 @@ class Format:
         """`outer`, or when there is none the one for the largest magnitude `top` of the tensor at hand."""
         if outer is not None:
             return jnp.asarray(outer, jnp.float32).reshape(())
-        return jnp.asarray(dataclasses.replace(self, as_read=False).outer(top, dtype))
+        return dataclasses.replace(self, as_read=False).fit_outer(top, dtype)
 
 
 def one_of(option: str, found: Any, known: Iterable[str]) -> None:
@@ -167,6 +171,11 @@ def one_of(option: str, found: Any, known: Iterable[str]) -> None:
 
 
 # Jitted so that eager calls run fused; inlined so that a caller's program stays flat.
+@partial(jax.jit, static_argnums=(0, 2), inline=True)
+def _outer(format: Format, amax: jax.Array, dtype: np.dtype) -> jax.Array:
+    return format.fit_outer(jnp.asarray(amax, jnp.float32), dtype)
+
+
 @partial(jax.jit, static_argnums=0, inline=True)
 def _encode(format: Format, w: jax.Array, outer: jax.Array | None) -> QTensor:
     return _encode_as(format, w, format.fit(w, outer))

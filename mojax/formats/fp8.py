@@ -47,10 +47,9 @@ class FP8(Format):
             return f"shape {shape} has no blocks of 128 x 128"
         return None
 
-    def outer(self, amax: Array, dtype: np.dtype) -> Array:
+    def fit_outer(self, top: jax.Array, dtype: np.dtype) -> jax.Array:
         if self.per != "tensor":
-            return super().outer(amax, dtype)
-        top = jnp.asarray(amax, jnp.float32)
+            return super().fit_outer(top, dtype)
         return self._scale(top, self.rounded_to(dtype))
 
     def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:

@@ -157,14 +157,20 @@ def compare(arguments, name: str, scheme: str) -> list[dict]:
                 run = measure(line, work / f"{name}-{scheme}-{tool}.log")
                 row["runs"].append(run._asdict())
                 row["bytes"] = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-                if name == "tiny" and turn == 0 and arguments.evaluate:
-                    row["kl_mean"] = divergence(out, model, work)
             except (RuntimeError, OSError) as error:
                 row["failed"] = str(error)
                 print(f"{name} {scheme} {tool}: FAILED {error}", file=sys.stderr, flush=True)
         load = os.getloadavg()[0]
         seen = ", ".join(f"{t} {r['runs'][-1]['wall']:.1f} s" for t, r in rows.items() if "failed" not in r)
         print(f"{name} {scheme} turn {turn + 1}: {seen}; load {load:.2f}", file=sys.stderr, flush=True)
+    for tool, row in rows.items():
+        if name != "tiny" or not arguments.evaluate or "failed" in row:
+            continue
+        try:
+            row["kl_mean"] = divergence(work / "out" / f"{name}-{scheme}-{tool}", model, work)
+        except RuntimeError as error:
+            row["failed"] = f"evaluate: {error}"
+            print(f"{name} {scheme} {tool}: KL FAILED {error}", file=sys.stderr, flush=True)
     return list(rows.values())
 
 
@@ -186,7 +192,7 @@ def table(rows: list[dict]) -> str:
             value = values[key]
             cells.append("failed" if value is None else f"{value / unit:.{0 if unit > 1 else 1}f}")
         cells.append(f"{row['bytes'] / 2**20:.1f}" if "bytes" in row else "")
-        cells.append(f"{row['kl_mean']:.5f}" if "kl_mean" in row else "")
+        cells.append(f"{row['kl_mean']:.5f}" if "kl_mean" in row else "failed" if "failed" in row else "")
         for key, value in values.items():
             base = best(ours.get((row["model"], row["scheme"]), {"runs": []}), key)
             cells.append(f"{value / base:.1f}" if value and base else "")
