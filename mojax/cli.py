@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -84,7 +85,13 @@ def define(verb: str) -> Flags:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry point."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    try:
+        code = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
@@ -111,6 +118,8 @@ def run(args: list[str]) -> int:
     except InputError as error:
         print(f"mojax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"mojax: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -126,26 +135,33 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
     """
     f = define(verb)
     known = sorted(f)
+    switches = [name for name in known if f[name].boolean]
     args = [_underscored(a, known) for a in args]
     for arg in args:
         name = arg.lstrip("-").partition("=")[0]
-        if arg.startswith("-") and name not in known and not (name.startswith("no") and name[2:] in known):
-            raise InputError(f"mojax {verb} has no flag --{name}{nearest(name, known)}")
+        if arg.startswith("-") and name not in known and name.removeprefix("no") not in switches:
+            raise InputError(f"{verb} has no flag --{name}{_others(name)}{nearest('--' + name, ['--' + k for k in known])}")
     try:
         words = f(["mojax", *args])[1:]
     except flags.Error as error:
-        raise InputError(f"mojax {verb}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{verb}: {str(error).splitlines()[0]}") from None
     for name in known:
         value = f[name].value
-        if isinstance(value, str) and not value:
-            raise InputError(f"mojax {verb}: --{name} has no value; write --{name}=...")
+        if isinstance(value, str) and (not value or value.startswith("--")):
+            raise InputError(f"{verb}: --{name} has no value; write --{name}=...")
     if words and verb != "recipes":
-        raise InputError(f"mojax {verb}: {words[0]!r} is not a flag; write --flag=value")
+        raise InputError(f"{verb}: {words[0]!r} is not a flag; write --flag=value")
     if verb != "recipes" and not f["help"].value:
         for name in ("model", "out", "reference" if verb == "evaluate" else "model"):
             if name in known and f[name].value is None:
-                raise InputError(f"mojax {verb} needs --{name}; for example: {EXAMPLES[verb]}")
+                raise InputError(f"{verb} needs --{name}; for example: {EXAMPLES[verb]}")
     return f, words
+
+
+def _others(name: str) -> str:
+    """The verbs that do have a flag, in brackets."""
+    verbs = [verb for verb in VERBS if name in define(verb)]
+    return f" ({', '.join(verbs)} have)" if verbs else ""
 
 
 def _underscored(arg: str, known: list[str]) -> str:
@@ -187,9 +203,9 @@ def _recipe(f: Flags) -> Any:
 def quantize(f: Flags, words: list[str]) -> int:
     from mojax import model_card, pipeline, verify
 
-    stop = _Interrupt()
-    out = f["out"].value.rstrip("/")
+    out = f["out"].value.rstrip("/") or "/"
     say: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if sys.stderr.isatty() else _quiet
+    stop = _Interrupt()
     try:
         report = pipeline.optimize(
             f["model"].value,
@@ -208,16 +224,15 @@ def quantize(f: Flags, words: list[str]) -> int:
             interrupted=stop,
         )
     except verify.VerifyError as error:
-        for line in error.differences:
-            print(f"mojax: {line}", file=sys.stderr)
-        print(f"mojax: {out}.partial is left as it is", file=sys.stderr)
-        return 1
+        return _differs(error, out)
     except pipeline.LimitError as error:
         print(f"mojax: {error}", file=sys.stderr)
         return 3
-    except pipeline.Interrupted:
-        print(f"mojax: stopped after a whole block; to go on: {shlex.join(['mojax', *sys.argv[1:]])}", file=sys.stderr)
+    except (pipeline.Interrupted, KeyboardInterrupt):
+        print(f"mojax: stopped; whole blocks are kept in {out}.partial; to go on: {command('quantize', f)}", file=sys.stderr)
         return 130
+    finally:
+        stop.restore()
     for name, value in model_card.summary(report):
         print(f"{name:40s} {value}")
     for row in report.worst:
@@ -225,6 +240,23 @@ def quantize(f: Flags, words: list[str]) -> int:
     print(f"{report.seconds:.1f} s, peak memory {(report.peak_rss_bytes or 0) / 1e6:.0f} MB; report in {out}/report.json")
     print(serve(out, f["target"].value))
     return 0
+
+
+def _differs(error: Any, out: str) -> int:
+    for line in error.differences:
+        print(f"mojax: {line}", file=sys.stderr)
+    print(f"mojax: {out}.partial is left as it is", file=sys.stderr)
+    return 1
+
+
+def command(verb: str, f: Flags) -> str:
+    """The command line that gives these flags, for a shell."""
+    words = ["mojax", verb]
+    for name in f:
+        value = f[name].value
+        if not f[name].using_default_value and value is not False:
+            words += [f"--{name}" if value is True else f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def serve(out: str, target: str) -> str:
@@ -238,14 +270,14 @@ def serve(out: str, target: str) -> str:
 
 
 def plan(f: Flags, words: list[str]) -> int:
-    from mojax import planner
+    from mojax import plan_table, planner
 
     made = planner.plan(_open(f), _recipe(f), format=f["format"].value, target=f["target"].value)
     if f["json"].value:
-        print(json.dumps(planner.as_dict(made), indent=2))
+        print(json.dumps(plan_table.as_dict(made), indent=2))
     else:
-        print(planner.table(made))
-        print(planner.totals(made))
+        print(plan_table.table(made))
+        print(plan_table.totals(made))
     return 0
 
 
@@ -256,17 +288,10 @@ def _open(f: Flags) -> Any:
 
 
 def evaluate(f: Flags, words: list[str]) -> int:
-    from mojax import pipeline
+    from mojax import model_card, pipeline
 
-    report = pipeline.evaluate_folder(
-        f["model"].value,
-        f["reference"].value,
-        f["text"].value,
-        sequences=f["sequences"].value or 64,
-        length=f["length"].value or 256,
-        seed=f["seed"].value or 0,
-    )
-    from mojax import model_card
+    asked = {name: f[name].value for name in ("sequences", "length", "seed") if f[name].value is not None}
+    report = pipeline.evaluate_folder(f["model"].value, f["reference"].value, f["text"].value, **asked)
 
     content = json.dumps(report.as_dict(), indent=2)
     if f["report"].value:
@@ -314,10 +339,13 @@ def inspect(f: Flags, words: list[str]) -> int:
 
 
 def convert(f: Flags, words: list[str]) -> int:
-    from mojax import conversion
+    from mojax import conversion, verify
 
-    out = f["out"].value.rstrip("/")
-    conversion.convert(f["model"].value, f["format"].value, out, max_shard_size=_bytes(f["max_shard_size"].value))
+    out = f["out"].value.rstrip("/") or "/"
+    try:
+        conversion.convert(f["model"].value, f["format"].value, out, max_shard_size=_bytes(f["max_shard_size"].value))
+    except verify.VerifyError as error:
+        return _differs(error, out)
     print(serve(out, "vllm"))
     return 0
 
@@ -356,7 +384,7 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.asked = False
-        signal.signal(signal.SIGINT, self._ask)
+        self.before = signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_: Any) -> None:
         if self.asked:
@@ -366,6 +394,10 @@ class _Interrupt:
 
     def __call__(self) -> bool:
         return self.asked
+
+    def restore(self) -> None:
+        """Ctrl-C means again what it meant before."""
+        signal.signal(signal.SIGINT, self.before)
 
 
 def _quiet(line: str) -> None:

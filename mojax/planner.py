@@ -23,6 +23,7 @@ from mojax.transforms.base import Context, Transform, chain
 
 TARGETS = ("vllm", "sglang", "trtllm", "transformers")
 FUSING = ("vllm", "sglang", "trtllm")  # servers that load q/k/v and gate/up as one matrix
+SMOOTHED = "absorbs smoothing scales"  # the reason of a row that a step rewrites
 OUTPUTS = ("report.json", "mojax.json", "hf_quant_config.json")
 
 
@@ -154,13 +155,13 @@ def plan(
     if model.schemes:
         raise InputError(
             f"{model.checkpoint.folder if model.checkpoint else 'the model'}: is quantized already "
-            f"({_label(next(iter(model.schemes.values())))}); `mojax convert` writes it in another dialect, "
+            f"({label(next(iter(model.schemes.values())))}); `mojax convert` writes it in another dialect, "
             "and quantizing needs the source in full precision"
         )
     return _Planner(model, recipe, dialect, target).plan()
 
 
-def _label(scheme: Scheme) -> str:
+def label(scheme: Scheme) -> str:
     return f"{scheme.weights.label}, inputs {scheme.inputs.label if scheme.inputs else 'as they are'}"
 
 
@@ -273,26 +274,34 @@ class _Planner:
         scheme, reason = self._scheme(name, role)
         after = before
         if scheme is not None:
-            module = name.removesuffix(".weight")
-            trouble = scheme.weights.check(shape)
+            trouble = self._trouble(name, np.dtype(dtype), tuple(shape), scheme)
             if trouble:
-                self.problems.append(
-                    f"{name}: {trouble} ({scheme.weights.label}); add --keep={name}, or use a format that divides it"
-                )
-            elif not jnp.issubdtype(dtype, jnp.floating) or np.dtype(dtype).itemsize < 2:
-                self.problems.append(f"{name}: is {np.dtype(dtype).name}, only float tensors can be quantized")
+                self.problems.append(trouble)
             else:
-                parts = self.dialect.layout(module, shape, self._dtype(dtype), scheme)
+                parts = self.dialect.layout(name.removesuffix(".weight"), shape, dtype, scheme)
                 after = sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in parts.values())
-            refusal = self.dialect.check(scheme, self.target)
-            if refusal:
-                self.problems.append(refusal)
         elif name in rewritten:
-            reason = "absorbs smoothing scales"
-        return Row(name, role, shape, np.dtype(dtype), prefix, scheme, "", before, after, reason)
+            reason = SMOOTHED
+        return Row(name, role, tuple(shape), np.dtype(dtype), prefix, scheme, "", before, after, reason)
 
-    def _dtype(self, dtype: Any) -> np.dtype:
-        return np.dtype(dtype)
+    def _trouble(self, name: str, dtype: np.dtype, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Why this tensor cannot be encoded, written or loaded so, or None."""
+        if refusal := self.dialect.check(scheme, self.target):
+            return refusal
+        if indivisible := scheme.weights.check(shape):
+            return f"{name}: {indivisible} ({scheme.weights.label}); add --keep={name}, or use a format that divides it"
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            return f"{name}: is {dtype.name}, only float tensors can be quantized; add --keep={name}"
+        if scheme.inputs is not None and scheme.inputs.static and self.roles.get(name) != "linear":
+            return (
+                f"{name}: its inputs need a static scale, and only linears of the blocks are calibrated; "
+                "use a format with dynamic inputs, or none"
+            )
+        try:
+            self.dialect.layout(name.removesuffix(".weight"), shape, dtype, scheme)
+        except InputError as error:
+            return str(error)
+        return None
 
     def _scheme(self, name: str, role: str) -> tuple[Scheme | None, str]:
         """The formats of a tensor, or why it is kept."""
@@ -338,7 +347,7 @@ class _Planner:
                 members = [by_name[n] for n in names if n in by_name]
                 schemes = {r.scheme for r in members}
                 if len(schemes) > 1 and fusing:
-                    said = ", ".join(f"{r.name} {_label(r.scheme) if r.scheme else 'kept'}" for r in members)
+                    said = ", ".join(f"{r.name} {label(r.scheme) if r.scheme else 'kept'}" for r in members)
                     self.problems.append(f"{self.target} fuses these into one matrix, give them one format: {said}")
                 elif members and members[0].scheme and self._shares(members[0]):
                     for r in members:
@@ -390,75 +399,3 @@ class _Planner:
 def data_free() -> list[str]:
     """The shipped recipes that need no text."""
     return [row["name"] for row in menu_rows() if not row.get("needs_data", True)]
-
-
-def table(plan: Plan, *, every: bool = False) -> str:
-    """The plan as text: equal rows of different blocks in one line, unless `every`."""
-    lines: dict[tuple[str, ...], list[int]] = {}
-    for r in plan.rows:
-        name = r.name if every or not r.block else _star(r)
-        how = _label(r.scheme) if r.scheme else f"kept: {r.reason}" if r.role != "norm" or r.reason != "norm" else "kept"
-        shape = "x".join(map(str, r.shape))
-        shared = r.shared.split(".", 3)[-1] if r.shared and r.shared != r.name else ""
-        totals = lines.setdefault((name, r.role, shape, r.dtype.name, how, shared), [0, 0, 0])
-        for i, value in enumerate((1, r.before, r.after)):
-            totals[i] += value
-    head = ("tensor", "role", "shape", "dtype", "becomes", "shares its scale with", "count", "before", "after")
-    body = [(*key, str(n), _size(b), _size(a)) for key, (n, b, a) in lines.items()]
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body])
-
-
-def _star(row: Row) -> str:
-    return row.block.rstrip(".").rsplit(".", 1)[0] + ".*." + row.name[len(row.block) :]
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return ""
-
-
-def totals(plan: Plan) -> str:
-    """The last lines of the printed plan: sizes, bits, memory, data."""
-    c = plan.recipe.calibration
-    tokens = c.sequences * c.length if plan.needs else 0
-    data = f"{c.sequences} x {c.length} tokens of {c.text} text" if plan.needs else "no data needed"
-    quantized = plan.bits_per_quantized_weight
-    return "\n".join([
-        f"\nrecipe {plan.recipe.name}, format {plan.dialect.DIALECT}, target {plan.target}; {data}",
-        f"disk {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; "
-        f"{plan.bits_per_weight:.2f} bits per weight, {quantized or 0:.2f} of those quantized",
-        f"memory, about: {_size(plan.memory(tokens))} and what JAX itself needs (0.3 GB on a CPU)",
-    ])
-
-
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data, for --json."""
-    rows = [
-        {
-            "tensor": r.name,
-            "role": r.role,
-            "shape": list(r.shape),
-            "dtype": r.dtype.name,
-            "weights": r.scheme.weights.label if r.scheme else None,
-            "inputs": r.scheme.inputs.label if r.scheme and r.scheme.inputs else None,
-            "shares_scale_with": r.shared or None,
-            "bytes_before": r.before,
-            "bytes_after": r.after,
-            "kept": r.reason or None,
-        }
-        for r in plan.rows
-    ]
-    return {
-        "recipe": plan.recipe.name,
-        "format": plan.dialect.DIALECT,
-        "target": plan.target,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "bits_per_weight": plan.bits_per_weight,
-        "needs": list(plan.needs),
-        "tensors": rows,
-    }

@@ -22,7 +22,7 @@ from mojax.formats.base import QTensor
 from mojax.formats.rows import common_rows, cut
 from mojax.model import Model
 from mojax.models.layers import Block
-from mojax.planner import Plan
+from mojax.planner import SMOOTHED, Plan
 
 LARGEST_ERROR = 0.5  # relative: a wrong nibble order or scale gives 1 or more, the coarsest format 0.2
 
@@ -202,7 +202,7 @@ class _Check:
         """High-precision tensors that a step may change: producers of encoded sites, if a step smooths."""
         steps = _steps(self.files_out.folder)
         if self.plan is not None:
-            yield from (r.name for r in self.plan.rows if r.reason == "absorbs smoothing scales")
+            yield from (r.name for r in self.plan.rows if r.reason == SMOOTHED)
         elif steps is None or steps != ["rtn"]:
             for block, sites in _sites(self.out):
                 yield from (block.prefix + s.producer for s in sites if s.producer)

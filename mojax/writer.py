@@ -114,7 +114,8 @@ class Writer:
             if name.endswith(".k_cache" + INPUT):
                 attention = name.removesuffix(".k_cache" + INPUT)
                 k, v = (np.float32(params[f"{attention}.{kv}_cache{INPUT}"]) for kv in "kv")
-                tensors |= self.plan.dialect.write_cache(attention, k, v, self.model.dtype)
+                dtype = np.dtype(np.float32) if self.plan.cache.as_read else self.model.dtype
+                tensors |= self.plan.dialect.write_cache(attention, k, v, dtype)
         return tensors
 
     def finish(self) -> None:
@@ -153,12 +154,17 @@ class Writer:
 
 
 def ignored(plan: Plan, model: Model) -> list[str]:
-    """Every Linear module that was not encoded, in full names, the tied head that has no tensor of its own included."""
-    names = [r.name.removesuffix(".weight") for r in plan.rows if r.scheme is None and r.role in ("linear", "head")]
-    tied = model.config.get("tie_word_embeddings", False) or "lm_head.weight" not in {r.name for r in plan.rows}
-    if tied and model.family is not None:
-        names = [n for n in names if n != "model.embed_tokens"] + ["lm_head"]
-    return list(dict.fromkeys(names))
+    """What the config must name as not encoded, in full names.
+
+    Every such Linear module, the tied head that has no tensor of its own included; and the embeddings, in a
+    dialect that lists them.
+    """
+    kept = [r for r in plan.rows if r.scheme is None and r.name.endswith(".weight")]
+    names = [r.name.removesuffix(".weight") for r in kept if r.role in ("linear", "head")]
+    if model.family is not None and "lm_head.weight" not in {r.name for r in plan.rows}:
+        names.append("lm_head")
+    embeddings = [r.name.removesuffix(".weight") for r in kept if r.role == "embedding"]
+    return [n for n in dict.fromkeys(names) if n not in embeddings] + embeddings * plan.dialect.LISTS_EMBEDDINGS
 
 
 def refuse(out: Path) -> None:

@@ -1,0 +1,255 @@
+"""transformers with compressed-tensors loads what mojax writes: the same weights, nearly the same logits.
+
+Decoded weights must be the same bits. Logits are compared by KL(mojax || client), mean over tokens, in nats:
+torch and XLA add in different orders, and a quantized input one bfloat16 unit away may get another code.
+"""
+
+import functools
+import json
+import shutil
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import mojax
+from mojax import recipe, text
+from mojax.converters.compressed_tensors.schemes import LOADS
+from mojax.model import decode
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+SEQUENCES, LENGTH = 8, 128
+WEIGHTS_ONLY = 1e-3  # nats
+SHARE = 0.35  # of the scheme's own KL, where inputs are quantized
+DEQUANTIZED = {"int4_asymmetric"}  # the client's default mode fails on packed zero points
+BFLOAT16_ONLY = ("nvfp4", "mxfp4", "mxfp8")  # the client decodes these to bfloat16 whatever the checkpoint is
+FP8_TOKEN = {"format": "fp8", "per": "token"}
+BEYOND = {  # what the dialect's table says of transformers and no shipped recipe does
+    ("fp8 channel", "fp8 tensor"): ({"format": "fp8", "per": "channel"}, {"format": "fp8"}),
+    ("fp8 tensor", "none"): ({"format": "fp8"}, "none"),
+    ("fp8 channel", "none"): ({"format": "fp8", "per": "channel"}, "none"),
+    ("int8 channel", "int8 tensor"): ({"format": "int8"}, {"format": "int8", "per": "tensor"}),
+    ("int8 tensor", "int8 token"): ({"format": "int8", "per": "tensor"}, {"format": "int8", "per": "token"}),
+    ("int8 tensor", "int8 tensor"): ({"format": "int8", "per": "tensor"},) * 2,
+    ("int8 channel", "none"): ({"format": "int8"}, "none"),
+    ("int4", "fp8 token"): ({"format": "int4"}, FP8_TOKEN),
+    ("mxfp4", "fp8 token"): ({"format": "mxfp4"}, FP8_TOKEN),
+    ("mxfp8", "none"): ({"format": "mxfp8"}, "none"),
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
+]
+
+
+class Answer(NamedTuple):
+    """What the client made of a folder: weights by module, float32, and logits `[tokens, vocabulary]`."""
+
+    weights: dict[str, np.ndarray]
+    logits: np.ndarray
+
+
+def ask(folder, tokens, **options):
+    """Load a folder in transformers and run it; the first forward is what decodes the weights."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens).long()).logits
+    state = model.state_dict()
+    weights = {n.removesuffix(".weight"): v.float().numpy() for n, v in state.items() if n.endswith(".weight")}
+    return Answer(weights, logits.float().numpy().reshape(tokens.size, -1))
+
+
+def ours(folder, tokens):
+    """float32 logits `[tokens, vocabulary]` of mojax, rounded to the dtype of the client's."""
+    model = mojax.load(folder)
+    logits = jnp.asarray(model(tokens)).astype(model.dtype).astype(jnp.float32)
+    return np.asarray(logits).reshape(tokens.size, -1)
+
+
+def kl(p, q):
+    """KL(p || q) of logits `[tokens, vocabulary]`, mean over tokens."""
+    p, q = (x.astype(np.float64) - x.max(-1, keepdims=True) for x in (p, q))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def different(folder, answer):
+    """The encoded modules whose decoded weights are not those of the client; +0 and -0 are the same."""
+    model = mojax.load(folder)
+    assert model.schemes
+    leaves = {m: model.params[m + ".weight"] for m in model.schemes}
+    return [m for m, w in decode(leaves).items() if not np.array_equal(np.asarray(w, np.float32), answer.weights[m])]
+
+
+def limit(folder, own):
+    """The largest KL(mojax || client) to accept for a scheme whose KL to its source is `own`."""
+    model = mojax.load(folder)
+    simulated = model.cache is not None or any(s.inputs for s in model.schemes.values())
+    return SHARE * own if simulated else WEIGHTS_ONLY
+
+
+def options(name):
+    if name in DEQUANTIZED:
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
+@pytest.fixture(scope="module")
+def quantize(tmp_path_factory):
+    """Quantizes once per recipe and source, in this process; gives the folder."""
+
+    @functools.cache
+    def make(name, source="tiny"):
+        out = tmp_path_factory.mktemp("quantized") / "out"
+        target = "vllm" if name in DEQUANTIZED else "transformers"
+        mojax.optimize(source, name, out, target=target, evaluate=False)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    folder = mojax.load("tiny").checkpoint.folder
+    return text.tokens(
+        "builtin", folder, sequences=SEQUENCES, length=LENGTH, seed=0, purpose="evaluation", vocab=None
+    ).ids
+
+
+@pytest.fixture(scope="module")
+def source(tokens):
+    """Logits of the source."""
+    return ours("tiny", tokens)
+
+
+@pytest.fixture
+def copy(quantize, tmp_path):
+    """A copy of the NVFP4 folder for a test to damage."""
+    return shutil.copytree(quantize("nvfp4"), tmp_path / "copy")
+
+
+def agree(folder, tokens, source, answer):
+    """Assert the same weights, and logits as near as two programs can be."""
+    assert different(folder, answer) == []
+    logits = ours(folder, tokens)
+    own = kl(source, logits)
+    assert own > 1e-4, "nothing was quantized"
+    assert kl(logits, answer.logits) <= limit(folder, own)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_the_client_computes_what_mojax_computes(name, quantize, tokens, source):
+    folder = quantize(name)
+    agree(folder, tokens, source, ask(folder, tokens, **options(name)))
+
+
+def written(tmp_path, weights, inputs, **more):
+    """A recipe file."""
+    path = tmp_path / "own.yaml"
+    rule = {"match": "*", "weights": weights, "inputs": inputs, **more}
+    path.write_text(json.dumps({"description": "", "rules": [rule], "calibration": {"sequences": 16, "length": 64}}))
+    return str(path)
+
+
+def test_every_scheme_that_transformers_should_load_is_tested(quantize):
+    claimed = {pair for pair, targets in LOADS.items() if "transformers" in targets}
+    assert set(BEYOND) <= claimed
+    shipped = len(recipe.names()) - len(DEQUANTIZED) - 1  # smoothquant has the formats of int8
+    assert len(claimed) == shipped + len(BEYOND)
+
+
+@pytest.mark.parametrize("pair", BEYOND, ids=", inputs ".join)
+def test_schemes_beyond_the_shipped_recipes(pair, quantize, tokens, source, tmp_path):
+    folder = quantize(written(tmp_path, *BEYOND[pair]))
+    agree(folder, tokens, source, ask(folder, tokens))
+
+
+def test_a_quantized_cache_is_the_same_in_the_client(quantize, tokens, source, tmp_path):
+    path = written(tmp_path, {"format": "fp8"}, {"format": "fp8"}, kv_cache="fp8")
+    folder = quantize(path)
+    answer = ask(folder, tokens)
+    agree(folder, tokens, source, answer)
+    without = ours(quantize("fp8"), tokens)
+    assert kl(without, answer.logits) > limit(folder, kl(source, ours(folder, tokens)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_sources_of_other_dtypes_decode_to_the_clients_weights(dtype, quantize, tmp_path):
+    """Random weights; the client runs its 4-bit and microscaling formats in bfloat16 only."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.05,
+    )
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "source")
+    calibration = tmp_path / "calibration.npz"
+    np.savez(calibration, tokens=np.arange(64, dtype=np.int32).reshape(4, 16))
+    for name in ("fp8", "int8", "int4", "nvfp4", "mxfp4"):
+        out = tmp_path / name
+        small = recipe.adjusted(recipe.load_recipe(name), sequences=4, length=16)
+        mojax.optimize(
+            tmp_path / "source", small, out, calibration_text=str(calibration), target="transformers", evaluate=False
+        )
+        run_in = "bfloat16" if name in BFLOAT16_ONLY else dtype
+        answer = ask(out, np.arange(8, dtype=np.int32)[None], dtype=run_in)
+        assert np.isfinite(answer.logits).all()
+        encoded = mojax.load(out)
+        assert len(encoded.schemes) == 7 and encoded.dtype == dtype
+        for module in encoded.schemes:
+            q = encoded.params[module + ".weight"]
+            expected = np.asarray(q.format.decode(q)).astype(ml_dtypes.bfloat16 if run_in == "bfloat16" else dtype)
+            np.testing.assert_array_equal(expected.astype(np.float32), answer.weights[module], f"{name} {module}")
+
+
+def edit(folder, name, change):
+    """Change one tensor of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("weight_packed", lambda v: (v << 4) | (v >> 4)),  # the other nibble order
+        ("weight_global_scale", lambda v: 1 / v),  # a multiplier where a divisor belongs
+        ("weight_packed", lambda v: np.where(np.arange(v.size).reshape(v.shape) == 77, v ^ 1, v)),  # one code
+    ],
+    ids=["nibbles", "reciprocal", "one code"],
+)
+def test_wrong_weights_are_noticed(tensor, change, quantize, copy, tokens):
+    """The comparison of weights can fail: the client reads a damaged copy, mojax the folder."""
+    module = "model.layers.1.mlp.up_proj"
+    edit(copy, f"{module}.{tensor}", change)
+    assert different(quantize("nvfp4"), ask(copy, tokens[:1, :8])) == [module]
+
+
+@pytest.mark.parametrize("damage", ["weights only", "one input scale"])
+def test_wrong_inputs_are_noticed(damage, quantize, copy, tokens, source):
+    """The comparison of logits can fail while the weights are right."""
+    if damage == "weights only":
+        path = copy / "config.json"
+        config = json.loads(path.read_text())
+        for group in config["quantization_config"]["config_groups"].values():
+            del group["input_activations"]
+        path.write_text(json.dumps(config))
+    else:
+        edit(copy, "model.layers.0.mlp.down_proj.input_global_scale", lambda v: 16 * v)
+    folder = quantize("nvfp4")
+    answer = ask(copy, tokens)
+    assert different(folder, answer) == []
+    logits = ours(folder, tokens)
+    assert kl(logits, answer.logits) > limit(folder, kl(source, logits))
