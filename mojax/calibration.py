@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from mojax.compile import jit
 from mojax.errors import InputError, nearest
 from mojax.model import Model, Program, embed
 from mojax.models.layers import Block
+from mojax.threads import each
 
 
 class Statistic(NamedTuple):
@@ -99,7 +100,7 @@ def start(model: Model, tokens: np.ndarray) -> list[jax.Array]:
 
 
 def calibrate_block(
-    model: Model, block: Block, xs: Iterable[jax.Array], groups: Mapping[str, str], needs: tuple[str, ...]
+    model: Model, block: Block, xs: Sequence[jax.Array], groups: Mapping[str, str], needs: tuple[str, ...]
 ) -> tuple[list[jax.Array], Stats]:
     """Run one block and take statistics.
 
@@ -113,10 +114,14 @@ def calibrate_block(
     n = len(block.prefix)
     leaders = tuple(sorted({leader[n:] for leader in groups.values()}))
     params = jax.device_put(model.local(block))
+    program = model.program(block)
+
+    def run(x: jax.Array) -> tuple[jax.Array, dict[str, dict[str, np.ndarray]]]:
+        y, taps = observe(program, needs, leaders, params, x)
+        return y, {name: {k: np.asarray(v) for k, v in values.items()} for name, values in taps.items()}
+
     out, merged = [], Stats()
-    for x in xs:
-        y, taps = observe(model.program(block), needs, leaders, params, x)
+    for y, taps in [run(xs[0]), *each(run, xs[1:])]:  # the first alone, so that it is compiled once
         out.append(y)
         merged = merged.merge(taps)
-    values = {leader: {k: np.asarray(v) for k, v in merged[leader].items()} for leader in merged}
-    return out, Stats({name: values[leader[n:]] for name, leader in groups.items()})
+    return out, Stats({name: dict(merged[leader[n:]]) for name, leader in groups.items()})

@@ -6,7 +6,6 @@ import filecmp
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from mojax.formats.rows import common_rows, cut
 from mojax.model import Model
 from mojax.models.layers import Block
 from mojax.planner import SMOOTHED, Plan
+from mojax.threads import each
 
 LARGEST_ERROR = 0.5  # relative: a wrong nibble order or scale gives 1 or more, the coarsest format 0.2
 
@@ -250,9 +250,8 @@ class _Check:
             after = {g: self.out.params[prefix + g] for g in gains}
             weights = smoothed(weights, encoded, before, after, folded)
         rows = common_rows([q.shape for q in encoded.values()])
-        with ThreadPoolExecutor() as pool:
-            values = pool.map(lambda name: relative_error(encoded[name], weights[name], rows), encoded)
-            return {prefix + name: value for name, value in zip(encoded, values, strict=True)}
+        values = each(lambda name: relative_error(encoded[name], weights[name], rows), encoded)
+        return {prefix + name: value for name, value in zip(encoded, values, strict=True)}
 
 
 @jit()

@@ -7,7 +7,6 @@ scale, taken over all of them before anything is encoded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import Format, QTensor
 from mojax.formats.rows import common_rows, cut
+from mojax.threads import each
 from mojax.transforms.base import Context, Params, Transform
 
 
@@ -59,9 +59,8 @@ def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Cont
     alone = [(m + ".weight",) for m in context.schemes if m + ".weight" not in grouped]
     changed: dict[str, Any] = {}
     rows = common_rows([params[m + ".weight"].shape for m in context.schemes])
-    with ThreadPoolExecutor() as pool:  # most of the time of a small model is compiling, which threads share
-        for done in pool.map(lambda group: _encode_group(params, group, context, rows), (*shared, *alone)):
-            changed |= done
+    for done in each(lambda group: _encode_group(params, group, context, rows), (*shared, *alone)):
+        changed |= done
     for module, scheme in context.schemes.items():
         if scheme.inputs is not None and scheme.inputs.static:
             changed[module + ".input_scale"] = static_maximum(module + ".weight", stats)

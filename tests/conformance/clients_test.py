@@ -10,17 +10,17 @@ import shutil
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import mojax
 from mojax import recipe, text
+from mojax.checkpoint import open_checkpoint
 from mojax.converters.compressed_tensors.schemes import LOADS
 from mojax.model import decode
 
 torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
@@ -43,9 +43,7 @@ BEYOND = {  # what the dialect's table says of transformers and no shipped recip
     ("mxfp8", "none"): ({"format": "mxfp8"}, "none"),
 }
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 
 class Answer(NamedTuple):
@@ -60,8 +58,8 @@ def ask(folder, tokens, **options):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens).long()).logits
-    state = model.state_dict()
-    weights = {n.removesuffix(".weight"): v.float().numpy() for n, v in state.items() if n.endswith(".weight")}
+    leaves = {n: v.float().numpy() for n, v in model.state_dict().items() if n.endswith(".weight")}
+    weights = {name.removesuffix(".weight"): value for name, value in leaves.items()}
     return Answer(weights, logits.float().numpy().reshape(tokens.size, -1))
 
 
@@ -80,11 +78,15 @@ def kl(p, q):
 
 
 def different(folder, answer):
-    """The encoded modules whose decoded weights are not those of the client; +0 and -0 are the same."""
+    """The encoded modules whose decoded weights are not, bit by bit, those of the client."""
     model = mojax.load(folder)
     assert model.schemes
-    leaves = {m: model.params[m + ".weight"] for m in model.schemes}
-    return [m for m, w in decode(leaves).items() if not np.array_equal(np.asarray(w, np.float32), answer.weights[m])]
+    weights = decode({m: model.params[m + ".weight"] for m in model.schemes})
+    return [m for m, w in weights.items() if not same_bits(np.asarray(w, np.float32), answer.weights[m])]
+
+
+def same_bits(a, b):
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def limit(folder, own):
@@ -149,11 +151,11 @@ def test_the_client_computes_what_mojax_computes(name, quantize, tokens, source)
     agree(folder, tokens, source, ask(folder, tokens, **options(name)))
 
 
-def written(tmp_path, weights, inputs, **more):
-    """A recipe file."""
+def written(tmp_path, *rules):
+    """A recipe file; a rule is (match, weights, inputs)."""
     path = tmp_path / "own.yaml"
-    rule = {"match": "*", "weights": weights, "inputs": inputs, **more}
-    path.write_text(json.dumps({"description": "", "rules": [rule], "calibration": {"sequences": 16, "length": 64}}))
+    said = [dict(zip(("match", "weights", "inputs"), rule, strict=True)) for rule in rules]
+    path.write_text(json.dumps({"rules": said, "calibration": {"sequences": 16, "length": 64}}))
     return str(path)
 
 
@@ -166,13 +168,28 @@ def test_every_scheme_that_transformers_should_load_is_tested(quantize):
 
 @pytest.mark.parametrize("pair", BEYOND, ids=", inputs ".join)
 def test_schemes_beyond_the_shipped_recipes(pair, quantize, tokens, source, tmp_path):
-    folder = quantize(written(tmp_path, *BEYOND[pair]))
+    folder = quantize(written(tmp_path, ("*", *BEYOND[pair])))
+    agree(folder, tokens, source, ask(folder, tokens))
+
+
+def test_two_schemes_and_a_kept_linear_in_one_model(quantize, tokens, source, tmp_path):
+    kept = "model.layers.0.mlp.down_proj"
+    path = written(
+        tmp_path,
+        ("*", {"format": "nvfp4"}, {"format": "nvfp4"}),
+        ("*.self_attn.*", {"format": "fp8", "per": "channel"}, FP8_TOKEN),
+        (f"{kept}.weight", "keep", "none"),
+    )
+    folder = quantize(path)
+    schemes = mojax.load(folder).schemes
+    assert kept not in schemes and len(schemes) == 27 and len(set(schemes.values())) == 2
     agree(folder, tokens, source, ask(folder, tokens))
 
 
 def test_a_quantized_cache_is_the_same_in_the_client(quantize, tokens, source, tmp_path):
-    path = written(tmp_path, {"format": "fp8"}, {"format": "fp8"}, kv_cache="fp8")
-    folder = quantize(path)
+    path = tmp_path / "cached.yaml"
+    path.write_text("extends: fp8\nrules:\n  - {match: '*', kv_cache: fp8}\n")
+    folder = quantize(str(path))
     answer = ask(folder, tokens)
     agree(folder, tokens, source, answer)
     without = ours(quantize("fp8"), tokens)
@@ -200,9 +217,8 @@ def test_sources_of_other_dtypes_decode_to_the_clients_weights(dtype, quantize, 
     for name in ("fp8", "int8", "int4", "nvfp4", "mxfp4"):
         out = tmp_path / name
         small = recipe.adjusted(recipe.load_recipe(name), sequences=4, length=16)
-        mojax.optimize(
-            tmp_path / "source", small, out, calibration_text=str(calibration), target="transformers", evaluate=False
-        )
+        facts = {"calibration_text": str(calibration), "target": "transformers", "evaluate": False}
+        mojax.optimize(tmp_path / "source", small, out, **facts)
         run_in = "bfloat16" if name in BFLOAT16_ONLY else dtype
         answer = ask(out, np.arange(8, dtype=np.int32)[None], dtype=run_in)
         assert np.isfinite(answer.logits).all()
@@ -210,15 +226,16 @@ def test_sources_of_other_dtypes_decode_to_the_clients_weights(dtype, quantize, 
         assert len(encoded.schemes) == 7 and encoded.dtype == dtype
         for module in encoded.schemes:
             q = encoded.params[module + ".weight"]
-            expected = np.asarray(q.format.decode(q)).astype(ml_dtypes.bfloat16 if run_in == "bfloat16" else dtype)
-            np.testing.assert_array_equal(expected.astype(np.float32), answer.weights[module], f"{name} {module}")
+            expected = np.asarray(q.format.decode(q)).astype(jnp.dtype(run_in)).astype(np.float32)
+            assert same_bits(expected, answer.weights[module]), f"{name} {module}"
 
 
 def edit(folder, name, change):
     """Change one tensor of a folder."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = change(tensors[name])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    entry = open_checkpoint(folder).entries[name]
+    tensors = safetensors_torch.load_file(entry.file)
+    tensors[name] = torch.from_numpy(change(tensors[name].numpy()))
+    safetensors_torch.save_file(tensors, entry.file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
