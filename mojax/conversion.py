@@ -14,7 +14,7 @@ from mojax.errors import InputError, PlanError
 from mojax.model import INPUT, Model, linears, load
 from mojax.planner import TARGETS, Plan, Row
 from mojax.transforms.base import chain
-from mojax.writer import Writer, unit_params
+from mojax.writer import Writer
 
 
 def convert(source: str | Path, format: str, out: str | Path, *, max_shard_size: int = 5 * 10**9) -> Path:
@@ -40,8 +40,7 @@ def convert(source: str | Path, format: str, out: str | Path, *, max_shard_size:
     method = dialects.section(model.config).get("quant_method", "modelopt")
     facts = {"converted_from": method} | pipeline.fingerprint(files, plan, None)
     writer = Writer(Path(out), plan, model, facts, max_shard_size)
-    for unit in writer.units:
-        writer.write(unit, unit_params(model, unit))
+    writer.write_all()
     writer.finish()
     if (files.folder / "README.md").exists():
         shutil.copyfile(files.folder / "README.md", writer.partial / "README.md")

@@ -113,12 +113,13 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
         raise InputError(f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}")
     pairs = zip(batches(tokens), hidden(reference, tokens), hidden(model, tokens), strict=True)
     outsides = reference.outside(), model.outside()
+    heads = reference.head_program(), model.head_program()
     parts: list[list[np.ndarray]] = [[], [], [], []]
     for ids, xp, xq in pairs:
         rows = max(1, CHUNK // (ids.shape[1] * int(sizes[0] or 1)))
         for i in range(0, len(ids), rows):
-            p = head(reference._family, reference.hyper, outsides[0], xp[i : i + rows])
-            q = head(model._family, model.hyper, outsides[1], xq[i : i + rows])
+            p = head(heads[0], outsides[0], xp[i : i + rows])
+            q = head(heads[1], outsides[1], xq[i : i + rows])
             targets = np.roll(ids[i : i + rows], -1, axis=1).reshape(-1)
             values = compare(p.reshape(targets.size, -1), q.reshape(targets.size, -1), targets)
             for store, value in zip(parts, values, strict=True):

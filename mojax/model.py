@@ -98,10 +98,19 @@ class Model:
         return {name[n:]: self.params[name] for name in self.params if name.startswith(block.prefix)}
 
     def outside(self) -> dict[str, Any]:
-        """The parameters of no block that the family's `embed` and `head` use."""
-        names = self._family.shapes(self.hyper)
+        """The parameters of no block that the family's `embed` and `head` use, decoded."""
+        params = {n: self.params[n] for n in self._family.shapes(self.hyper) if n in self._outside_names}
+        return params | decode({n: leaf for n, leaf in params.items() if isinstance(leaf, QTensor)})
+
+    def head_program(self) -> Program:
+        """The static part of `head`."""
+        inputs = [(m, s.inputs) for m, s in self.schemes.items() if m + ".weight" in self._outside_names and s.inputs]
+        return Program(self._family, self.hyper, "head", tuple(inputs))
+
+    @functools.cached_property
+    def _outside_names(self) -> frozenset[str]:
         inside = tuple(b.prefix for b in self.blocks)
-        return {n: self.params[n] for n in names if not n.startswith(inside)}
+        return frozenset(n for n in self._family.shapes(self.hyper) if not n.startswith(inside))
 
     def program(self, block: Block) -> Program:
         """The static part of `run_block` for this block."""
@@ -127,7 +136,7 @@ class Model:
         x = embed(self._family, self.hyper, outside, tokens)
         for block in self.blocks:
             x = run_block(model.program(block), decode(model.local(block)), x)
-        return head(self._family, self.hyper, outside, x)
+        return head(self.head_program(), outside, x)
 
     def __call__(self, tokens: Any) -> jax.Array:
         return self.apply(self.params, tokens)
@@ -148,10 +157,10 @@ def embed(family: ModuleType, config: Any, params: Mapping[str, Any], tokens: An
     return family.embed(config, params, tokens)
 
 
-@jit(static_argnums=(0, 1))
-def head(family: ModuleType, config: Any, params: Mapping[str, Any], x: Any) -> jax.Array:
+@jit(static_argnums=(0,))
+def head(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
     """float32 logits `[batch, length, vocabulary]` of `[batch, length, hidden]`."""
-    return family.head(config, params, x)
+    return _simulate(program, lambda p, x: program.family.head(program.config, p, x), params, x)
 
 
 @jit(static_argnums=(0,))
@@ -162,6 +171,14 @@ def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
 
 def simulate(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
     """`run_block` without its jit, for callers that have one of their own."""
+
+    def block(params: Mapping[str, Any], x: Any) -> jax.Array:
+        return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))
+
+    return _simulate(program, block, params, x)
+
+
+def _simulate(program: Program, fn: Callable[..., jax.Array], params: Mapping[str, Any], x: Any) -> jax.Array:
     inputs = dict(program.inputs)
 
     def quantize(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array | None, None]:
@@ -176,13 +193,10 @@ def simulate(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
         last = jnp.moveaxis(value, axes, range(value.ndim - len(axes), value.ndim))
         return jnp.moveaxis(scheme.fake(last, outer), range(value.ndim - len(axes), value.ndim), axes), None
 
-    def block(params: Mapping[str, Any], x: Any) -> jax.Array:
-        return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))
-
     weights = {name: leaf for name, leaf in params.items() if not name.endswith(INPUT)}
     if not inputs:
-        return block(weights, x)
-    return interpret.intercept(block, quantize)(weights, x)[0]
+        return fn(weights, x)
+    return interpret.intercept(fn, quantize)(weights, x)[0]
 
 
 @functools.lru_cache
@@ -286,9 +300,10 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
         if scheme.inputs is not None and scheme.inputs.static:
             leaves[module + INPUT] = lambda m=module, s=scheme: dialect.read(m, files.__getitem__, s, model.dtype)[1]
     if parsed.cache is not None:
-        for attention in sorted({m.rsplit(".", 1)[0] for m in parsed.schemes if ".self_attn." in m}):
+        key = dialect.cache_names("")[0]
+        for attention in [n.removesuffix(key) for n in files if n.endswith(key)]:
+            names = dialect.cache_names(attention)
             for i, kv in enumerate("kv"):
-                names = dialect.cache_names(attention)
                 leaves.pop(names[i], None)
                 leaves[f"{attention}.{kv}_cache{INPUT}"] = (
                     lambda a=attention, i=i: dialect.read_cache(a, files.__getitem__)[i]

@@ -334,6 +334,8 @@ class _Planner:
         except InputError as error:
             self.problems.append(str(error))
             return None, "unresolved"
+        if role == "head" and i is not None and i.static:
+            self.problems.append(f"{name}: a static scale for the head's input is not calibrated; give it `inputs: none`")
         return Scheme(w, i), ""
 
     def _share(self, rows: list[Row]) -> list[Row]:

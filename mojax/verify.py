@@ -131,6 +131,10 @@ class _Check:
                 elif np.dtype(dtype).itemsize != np.dtype(spec.dtype).itemsize and not name.endswith("scale"):
                     self.differences.append(f"{name}: dtype is {np.dtype(dtype).name}, needs {np.dtype(spec.dtype).name}")
             self._scales(module, q)
+        for block in self.out.blocks if self.out.cache is not None else ():
+            for name in self.dialect.cache_names(f"{block.prefix}self_attn"):
+                if name not in self.files_out:
+                    self.differences.append(f"{name}: missing; config.json says that the key/value cache is quantized")
 
     def _layout(self, module: str) -> Mapping[str, jax.ShapeDtypeStruct]:
         if not self.dialect.WRITES:

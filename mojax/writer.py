@@ -99,6 +99,15 @@ class Writer:
                 tensors |= self._cache(params)
             checkpoint.write_shard(self.partial / name, tensors)
 
+    def write_all(self) -> None:
+        """Every unit of a model whose weights are encoded already; nothing is left where one cannot be written."""
+        try:
+            for unit in self.units:
+                self.write(unit, unit_params(self.model, unit))
+        except InputError:
+            self.discard()
+            raise
+
     def _tensors(self, row: Row, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         leaf = params[row.name]
         if row.scheme is None:
@@ -233,8 +242,7 @@ def export(model: Model, out: str | Path, *, plan: Plan, max_shard_size: int = 5
 
     facts = pipeline.fingerprint(model.checkpoint, plan, None)
     writer = Writer(Path(out), plan, model, facts, max_shard_size)
-    for unit in writer.units:
-        writer.write(unit, unit_params(model, unit))
+    writer.write_all()
     writer.finish()
     verify.verify(writer.partial, reference=model.checkpoint.folder if model.checkpoint else None, plan=plan)
     return writer.rename()

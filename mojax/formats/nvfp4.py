@@ -32,7 +32,6 @@ class _Rule(NamedTuple):
     outer: Callable[[jax.Array, np.dtype], jax.Array]  # largest magnitude of the tensor, dtype
     inner: Callable[[jax.Array, jax.Array, np.dtype], jax.Array]  # of the block, outer, dtype; before E4M3
     step: Callable[[jax.Array, jax.Array], jax.Array]  # inner, outer
-    read: Callable[[jax.Array], jax.Array]  # largest magnitude -> outer, rounded once: inverts what a file holds
 
 
 def _multiplier(top: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -40,17 +39,13 @@ def _multiplier(top: jax.Array, dtype: np.dtype) -> jax.Array:
     return jnp.where(s2 == 0, jnp.float32(6 / _RANGE), s2)
 
 
-def _exact_divisor(top: jax.Array) -> jax.Array:
-    g = divide(jnp.full_like(top, _RANGE), top)
-    return jnp.where(jnp.isfinite(g), g, jnp.float32(1))
-
-
 def _divisor(top: jax.Array, dtype: np.dtype) -> jax.Array:
     least = jnp.maximum(top, float(jnp.finfo(dtype).tiny))
     g = narrow(narrow(divide(jnp.ones_like(least), least), dtype) * _RANGE, dtype)
     # float16 overflows already at amax = 0.04, where compressed-tensors falls back to 1 and loses the block
     # scales' precision: float32 holds the quotient. 1 remains for a tensor of zeros.
-    return jnp.where(jnp.isfinite(g), g, _exact_divisor(top))
+    wide = divide(jnp.full_like(top, _RANGE), top)
+    return jnp.where(jnp.isfinite(g), g, jnp.where(jnp.isfinite(wide), wide, jnp.float32(1)))
 
 
 def _inner_multiplier(top: jax.Array, s2: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -64,8 +59,8 @@ def _inner_divisor(top: jax.Array, g: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 _RULES = {
-    "checkpoint": _Rule(_divisor, _inner_divisor, divide, _exact_divisor),
-    "float32": _Rule(_multiplier, _inner_multiplier, lambda s, s2: s * s2, lambda top: _multiplier(top, np.dtype(np.float32))),
+    "checkpoint": _Rule(_divisor, _inner_divisor, divide),
+    "float32": _Rule(_multiplier, _inner_multiplier, lambda s, s2: s * s2),
 }
 
 
@@ -89,8 +84,7 @@ class NVFP4(Format):
         return indivisible(shape, _BLOCK)
 
     def fit_outer(self, top: jax.Array, dtype: np.dtype) -> jax.Array:
-        rule = _RULES[self.arithmetic]
-        return rule.read(top) if self.as_read else rule.outer(top, dtype)
+        return _RULES[self.arithmetic].outer(top, self.rounded_to(dtype))
 
     def fit(self, w: jax.Array, outer: Array | None = None) -> dict[str, jax.Array]:
         top = amax(blocks(w, _BLOCK))
