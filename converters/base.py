@@ -41,8 +41,15 @@ class Parsed(NamedTuple):
 
 
 def section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization section of a config.json; empty when there is none."""
-    return config.get("quantization_config") or config.get("compression_config") or {}
+    """The quantization section of a config.json; empty when there is none.
+
+    Raises:
+      InputError: it is not a JSON object.
+    """
+    found = config.get("quantization_config") or config.get("compression_config") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"config.json: quantization_config is {found!r:.80}, needed an object")
+    return found
 
 
 def dialect(config: Mapping[str, Any], files: Collection[str]) -> ModuleType | None:

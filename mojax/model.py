@@ -17,6 +17,7 @@ from mojax import checkpoint, find, interpret, trace
 from mojax.compile import jit
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
+from mojax.header import Entry
 from mojax.models.layers import Block
 
 INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
@@ -88,9 +89,14 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the checkpoint: what decoded weights and activations are."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        return jnp.dtype(str(name).removeprefix("torch."))
+        """The dtype of the checkpoint: what decoded weights and activations are. Config files are often wrong."""
+        found = [e for e in self.checkpoint.entries.values() if wide(e)] if self.checkpoint else []
+        if found:
+            return max(found, key=lambda e: e.stop - e.start).dtype
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        if name not in ("bfloat16", "float16", "float32"):
+            raise InputError(f"config.json: dtype is {name!r}, needed bfloat16, float16 or float32")
+        return jnp.dtype(name)
 
     def local(self, block: Block) -> dict[str, Any]:
         """The parameters of one block, by names without the block's prefix."""
@@ -140,6 +146,11 @@ class Model:
 
     def __call__(self, tokens: Any) -> jax.Array:
         return self.apply(self.params, tokens)
+
+
+def wide(entry: Entry) -> bool:
+    """Whether a tensor of a file is a weight in full precision."""
+    return entry.name.endswith(".weight") and entry.dtype.itemsize >= 2 and jnp.issubdtype(entry.dtype, jnp.floating)
 
 
 @jit()

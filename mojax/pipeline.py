@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mojax
-from mojax import calibration, evaluation, model_card, text, verify
+from mojax import calibration, distance, evaluation, model_card, text, verify
 from mojax.calibration import Stats, calibrate_block
 from mojax.checkpoint import Checkpoint
 from mojax.document import Calibration
@@ -271,7 +271,7 @@ def evaluate_folder(
     out, base = load(folder), load(reference)
     seen = _tokens(base, Calibration(source, sequences, length, seed), "evaluation")
     report = evaluation.evaluate(out, base, seen.ids, text=seen.origin)
-    errors = verify.verify(folder, reference).errors if out.schemes else {}
+    errors = distance.weight_errors(out, base) if out.schemes else {}
     return dataclasses.replace(
         report, worst=evaluation.worst(errors), seconds=round(time.monotonic() - begun, 3)
     )

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mojax import checkpoint, model, trace
-from mojax.compile import jit
 from mojax.converters import base as dialects
+from mojax.distance import weight_errors
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.formats.rows import common_rows, cut
 from mojax.model import Model
 from mojax.models.layers import Block
 from mojax.planner import SMOOTHED, Plan
-from mojax.threads import each
 
 LARGEST_ERROR = 0.5  # relative: a wrong nibble order or scale gives 1 or more, the coarsest format 0.2
 
@@ -223,16 +219,7 @@ class _Check:
     def errors(self) -> dict[str, float]:
         """Relative error of every encoded weight against the source."""
         assert self.source is not None
-        found: dict[str, float] = {}
-        for prefix in ("", *(b.prefix for b in self.out.blocks)):
-            inside = tuple(b.prefix for b in self.out.blocks)
-            names = [
-                m + ".weight" for m in self.out.schemes
-                if (m.startswith(prefix) if prefix else not m.startswith(inside or ("\0",)))
-            ]
-            names = [n for n in names if n in self.source.params]
-            if names:
-                found |= self._errors(prefix, names)
+        found = weight_errors(self.out, self.source)
         for name, error in found.items():
             if not error < LARGEST_ERROR:
                 self.differences.append(
@@ -240,79 +227,6 @@ class _Check:
                     f"at most {LARGEST_ERROR} is plausible)"
                 )
         return found
-
-    def _errors(self, prefix: str, names: list[str]) -> dict[str, float]:
-        assert self.source is not None
-        n = len(prefix)
-        encoded = {name[n:]: self.out.params[name] for name in names}
-        weights: dict[str, Any] = {name[n:]: self.source.params[name] for name in names}
-        sites = next((sites for block, sites in _sites(self.out) if block.prefix == prefix), ())
-        folded = [s for s in sites if s.producer] if set(self.rewritten()) else []
-        if folded:
-            gains = {s.producer: s.producer for s in folded if s.producer and s.producer not in encoded}
-            before = {g: self.source.params[prefix + g] for g in gains}
-            after = {g: self.out.params[prefix + g] for g in gains}
-            weights = smoothed(weights, encoded, before, after, folded)
-        rows = common_rows([q.shape for q in encoded.values()])
-        values = each(lambda name: relative_error(encoded[name], weights[name], rows), encoded)
-        return {prefix + name: value for name, value in zip(encoded, values, strict=True)}
-
-
-@jit()
-def _squares(q: QTensor, w: Any) -> tuple[jax.Array, jax.Array]:
-    w = jnp.asarray(w).astype(jnp.float32)
-    return jnp.sum(jnp.square(w - q.format.decode(q))), jnp.sum(jnp.square(w))
-
-
-def relative_error(q: QTensor, w: Any, rows: int) -> float:
-    """|W - decoded| / |W| (Frobenius), `rows` at a time; a zero tensor that decodes to zero has error 0."""
-    pieces = [_squares(part, w_part) for part, w_part in zip(cut_encoded(q, rows), cut(w, rows), strict=True)]
-    error, norm = (math.fsum(map(float, column)) for column in zip(*pieces, strict=True))
-    return math.sqrt(error / norm) if norm else (0.0 if not error else math.inf)
-
-
-def cut_encoded(q: QTensor, rows: int) -> list[QTensor]:
-    """A QTensor in pieces of `rows` rows, or whole if `rows` is 0."""
-    if not rows or rows == q.shape[0]:
-        return [q]
-    count = q.shape[0] // rows
-    levels = {
-        level: [scale] * count if scale.ndim == 0 else np.split(np.asarray(scale), count)
-        for level, scale in q.scales.items()
-    }
-    codes = np.split(np.asarray(q.codes), count)
-    shape = (rows, *q.shape[1:])
-    return [
-        QTensor(codes[i], {k: v[i] for k, v in levels.items()}, q.format, shape, q.dtype) for i in range(count)
-    ]
-
-
-def smoothed(
-    weights: dict[str, Any],
-    encoded: Mapping[str, QTensor],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    sites: list[trace.Site],
-) -> dict[str, Any]:
-    """The source's weights with the per-channel scales that the output folded, so that only rounding is left.
-
-    A gain gives its scales as before / after; a linear (`up` before `down`) by least squares over its row.
-    """
-    out = {n: np.asarray(w, np.float32) for n, w in weights.items()}
-    for s in sorted(sites, key=lambda s: s.producer in encoded):
-        if s.weight not in out or s.producer is None:
-            continue
-        if s.producer in encoded:
-            mine = np.asarray(encoded[s.producer].format.decode(encoded[s.producer]))
-            full = out[s.producer]
-            square = np.sum(mine * mine, axis=1)
-            scale = np.where(square > 0, np.sum(full * mine, axis=1) / np.where(square > 0, square, 1), 1)
-            out[s.producer] = full / np.where(scale == 0, 1, scale)[:, None]
-        else:
-            gain = np.asarray(after[s.producer], np.float32)
-            scale = np.where(gain == 0, 1, np.asarray(before[s.producer], np.float32) / np.where(gain == 0, 1, gain))
-        out[s.weight] = out[s.weight] * scale[None, :]
-    return out
 
 
 def _sites(m: Model) -> Iterator[tuple[Block, tuple[trace.Site, ...]]]:

@@ -19,7 +19,6 @@ from mojax.formats.base import QTensor
 from mojax.model import INPUT, Model
 from mojax.planner import OUTPUTS, Plan, Row
 
-
 RECORD = "mojax.json"  # the facts; older than anything else in OUT.partial, so its time is when the run began
 OURS = (RECORD, "report.json", "README.md")  # not among the files whose digests are recorded
 

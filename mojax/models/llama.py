@@ -69,11 +69,14 @@ def read(config: Mapping[str, Any], **family: Any) -> Config:
         raise InputError("config.json: per_layer_config is set, needed one configuration for all layers")
     heads, hidden = size(config, "num_attention_heads"), size(config, "hidden_size")
     act = config.get("hidden_act", "silu")
-    if act not in layers.ACTIVATIONS:
+    if not isinstance(act, str) or act not in layers.ACTIVATIONS:
         raise InputError(
             f"config.json: hidden_act is {act!r}, which mojax cannot compute"
             f"{nearest(str(act), layers.ACTIVATIONS)}"
         )
+    eps = config.get("rms_norm_eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise InputError(f"config.json: rms_norm_eps is {eps!r}, needed a small number such as 1e-6")
     fields = {
         "num_key_value_heads": size(config, "num_key_value_heads", heads),
         "head_dim": size(config, "head_dim", hidden // heads),
@@ -92,7 +95,7 @@ def read(config: Mapping[str, Any], **family: Any) -> Config:
         intermediate_size=size(config, "intermediate_size"),
         num_attention_heads=heads,
         hidden_act=act,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(eps),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         rope=layers.read_rope(config, fields["head_dim"]),
         **fields,
