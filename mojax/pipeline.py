@@ -239,7 +239,7 @@ def fingerprint(files: Checkpoint | None, todo: Plan, seen: text.Tokens | None) 
     packages = ("jax", "numpy", "ml_dtypes", "tokenizers")
     return {
         "source": source_facts(files),
-        "recipe": resolved(recipe) if recipe else None,
+        "recipe": resolved(dataclasses.replace(recipe, menu=None)) if recipe else None,
         "format": todo.dialect.DIALECT,
         "target": todo.target,
         "data": {"origin": seen.origin, "sha256": seen.digest} if seen else None,

@@ -176,7 +176,7 @@ def test_quantize_says_how_to_serve(capsys, tmp_path):
     line = "quantize --model=tiny --recipe=fp8_dynamic --noevaluate --target={} --format={} --out={}/"
     for target, dialect, said in [
         ("vllm", "compressed-tensors", "vllm serve a"),
-        ("sglang", "modelopt", "python -m sglang.launch_server --model-path b"),
+        ("trtllm", "modelopt", "trtllm-serve b"),
     ]:
         code, out, err = run(capsys, line.format(target, dialect, said[-1]))
         assert code == 0 and out.splitlines()[-1] == said and not err
