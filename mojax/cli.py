@@ -107,7 +107,7 @@ def run(args: list[str]) -> int:
         if verb not in VERBS:
             raise InputError(f"mojax has no verb {verb!r}{nearest(verb, VERBS)}")
         f, words = parse(verb, rest)
-        if f["help"].value:
+        if f.help:
             print(usage(verb))
             return 0
         return COMMANDS[verb](f, words)
@@ -151,7 +151,7 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
             raise InputError(f"{verb}: --{name} has no value; write --{name}=...")
     if words and verb != "recipes":
         raise InputError(f"{verb}: {words[0]!r} is not a flag; write --flag=value")
-    if verb != "recipes" and not f["help"].value:
+    if verb != "recipes" and not f.help:
         for name in ("model", "out", "reference" if verb == "evaluate" else "model"):
             if name in known and f[name].value is None:
                 raise InputError(f"{verb} needs --{name}; for example: {EXAMPLES[verb]}")
@@ -190,36 +190,36 @@ def _recipe(f: Flags) -> Any:
     """The recipe with the command line's changes."""
     from mojax.recipe import adjusted, load_recipe
 
-    recipe = load_recipe(f["recipe"].value, trust_python=f["trust_remote_code"].value)
+    recipe = load_recipe(f.recipe, trust_python=f.trust_remote_code)
     return adjusted(
         recipe,
-        keep=f["keep"].value,
-        sequences=f["sequences"].value,
-        length=f["length"].value,
-        seed=f["seed"].value,
+        keep=f.keep,
+        sequences=f.sequences,
+        length=f.length,
+        seed=f.seed,
     )
 
 
 def quantize(f: Flags, words: list[str]) -> int:
     from mojax import model_card, pipeline, verify
 
-    out = f["out"].value.rstrip("/") or "/"
+    out = f.out.rstrip("/") or "/"
     say: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if sys.stderr.isatty() else _quiet
     stop = _Interrupt()
     try:
         report = pipeline.optimize(
-            f["model"].value,
+            f.model,
             _recipe(f),
             out,
-            format=f["format"].value,
-            target=f["target"].value,
-            calibration_text=f["calibration"].value,
-            evaluation_text=f["text"].value,
-            revision=f["revision"].value,
-            generic=f["generic"].value,
-            evaluate=not f["noevaluate"].value,
-            kl_limit=f["kl_limit"].value,
-            max_shard_size=_bytes(f["max_shard_size"].value),
+            format=f.format,
+            target=f.target,
+            calibration_text=f.calibration,
+            evaluation_text=f.text,
+            revision=f.revision,
+            generic=f.generic,
+            evaluate=not f.noevaluate,
+            kl_limit=f.kl_limit,
+            max_shard_size=_bytes(f.max_shard_size),
             say=say,
             interrupted=stop,
         )
@@ -238,7 +238,7 @@ def quantize(f: Flags, words: list[str]) -> int:
     for row in report.worst:
         print(f"  {row['tensor']}: relative error {row['rel_error']}")
     print(f"{report.seconds:.1f} s, peak memory {(report.peak_rss_bytes or 0) / 1e6:.0f} MB; report in {out}/report.json")
-    print(serve(out, f["target"].value))
+    print(serve(out, f.target))
     return 0
 
 
@@ -272,8 +272,8 @@ def serve(out: str, target: str) -> str:
 def plan(f: Flags, words: list[str]) -> int:
     from mojax import plan_table, planner
 
-    made = planner.plan(_open(f), _recipe(f), format=f["format"].value, target=f["target"].value)
-    if f["json"].value:
+    made = planner.plan(_open(f), _recipe(f), format=f.format, target=f.target)
+    if f.json:
         print(json.dumps(plan_table.as_dict(made), indent=2))
     else:
         print(plan_table.table(made))
@@ -284,20 +284,20 @@ def plan(f: Flags, words: list[str]) -> int:
 def _open(f: Flags) -> Any:
     from mojax.model import load
 
-    return load(f["model"].value, revision=f["revision"].value, generic=f["generic"].value, headers_only=True)
+    return load(f.model, revision=f.revision, generic=f.generic, headers_only=True)
 
 
 def evaluate(f: Flags, words: list[str]) -> int:
     from mojax import model_card, pipeline
 
     asked = {name: f[name].value for name in ("sequences", "length", "seed") if f[name].value is not None}
-    report = pipeline.evaluate_folder(f["model"].value, f["reference"].value, f["text"].value, **asked)
+    report = pipeline.evaluate_folder(f.model, f.reference, f.text, **asked)
 
     content = json.dumps(report.as_dict(), indent=2)
-    if f["report"].value:
-        with open(f["report"].value, "w") as file:
+    if f.report:
+        with open(f.report, "w") as file:
             file.write(content + "\n")
-    if f["json"].value:
+    if f.json:
         print(content)
     else:
         for name, value in model_card.summary(report):
@@ -309,16 +309,16 @@ def verify(f: Flags, words: list[str]) -> int:
     from mojax import evaluation
     from mojax import verify as verification
 
-    reference = f["reference"].value
+    reference = f.reference
     try:
-        found = verification.verify(f["model"].value, reference)
+        found = verification.verify(f.model, reference)
     except verification.VerifyError as error:
-        if f["json"].value:
+        if f.json:
             print(json.dumps({"differences": error.differences}, indent=2))
         for line in error.differences:
             print(f"mojax: {line}", file=sys.stderr)
         return 1
-    if f["json"].value:
+    if f.json:
         content = {"differences": [], "tensors": found.tensors, "errors": found.errors, "notes": found.notes}
         print(json.dumps(content, indent=2))
         return 0
@@ -333,17 +333,17 @@ def verify(f: Flags, words: list[str]) -> int:
 def inspect(f: Flags, words: list[str]) -> int:
     from mojax import inspection
 
-    facts = inspection.inspect(f["model"].value)
-    print(json.dumps(facts, indent=2) if f["json"].value else inspection.text(facts))
+    facts = inspection.inspect(f.model)
+    print(json.dumps(facts, indent=2) if f.json else inspection.text(facts))
     return 0
 
 
 def convert(f: Flags, words: list[str]) -> int:
     from mojax import conversion, verify
 
-    out = f["out"].value.rstrip("/") or "/"
+    out = f.out.rstrip("/") or "/"
     try:
-        conversion.convert(f["model"].value, f["format"].value, out, max_shard_size=_bytes(f["max_shard_size"].value))
+        conversion.convert(f.model, f.format, out, max_shard_size=_bytes(f.max_shard_size))
     except verify.VerifyError as error:
         return _differs(error, out)
     print(serve(out, "vllm"))
@@ -356,10 +356,10 @@ def recipes(f: Flags, words: list[str]) -> int:
     if len(words) > 1:
         raise InputError(f"mojax recipes takes one NAME, got {' '.join(words)}")
     if not words:
-        print(json.dumps(recipe.menu_rows(), indent=2) if f["json"].value else recipe.menu())
+        print(json.dumps(recipe.menu_rows(), indent=2) if f.json else recipe.menu())
         return 0
     content = recipe.resolved(recipe.load_recipe(words[0]))
-    if f["json"].value:
+    if f.json:
         print(json.dumps(content, indent=2))
     else:
         import yaml

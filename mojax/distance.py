@@ -37,7 +37,7 @@ def weight_errors(out: Model, source: Model) -> dict[str, float]:
         gains = {s.producer for s in folded if s.producer and s.producer not in encoded}
         before = {g: np.asarray(source.params[prefix + g], np.float32) for g in gains}
         after = {g: np.asarray(out.params[prefix + g], np.float32) for g in gains}
-        if any(not np.array_equal(before[g], after[g]) for g in gains):
+        if any(not np.array_equal(before[g], after[g], equal_nan=True) for g in gains):
             weights = smoothed(weights, encoded, before, after, folded)
         rows = common_rows([q.shape for q in encoded.values()])
         errors = each(lambda name, e=encoded, w=weights, r=rows: relative_error(e[name], w[name], r), encoded)
@@ -98,9 +98,9 @@ def smoothed(
             full = out[s.producer]
             square = np.sum(mine * mine, axis=1)
             scale = np.where(square > 0, np.sum(full * mine, axis=1) / np.where(square > 0, square, 1), 1)
-            out[s.producer] = full / np.where(scale == 0, 1, scale)[:, None]
+            out[s.producer] = (full / np.where(scale == 0, 1, scale)[:, None]).astype(np.float32)
         else:
             gain = np.asarray(after[s.producer], np.float32)
             scale = np.where(gain == 0, 1, np.asarray(before[s.producer], np.float32) / np.where(gain == 0, 1, gain))
-        out[s.weight] = out[s.weight] * scale[None, :]
+        out[s.weight] = (out[s.weight] * scale[None, :]).astype(np.float32)
     return out

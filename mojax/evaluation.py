@@ -65,7 +65,7 @@ class Report:
 
 
 @jit()
-def compare(p_logits: jax.Array, q_logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+def compare(p_logits: jax.Array, q_logits: jax.Array, targets: Any) -> tuple[jax.Array, ...]:
     """Per token of float32 logits `[tokens, vocabulary]` and targets int32 `[tokens]`.
 
     Returns:

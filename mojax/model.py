@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -76,7 +77,11 @@ class Model:
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
-        return self._family.blocks(self.hyper) if self.family else ()
+        """The layers in order; without a family what has a number in its name, so that weights pass by in pieces."""
+        if self.family is not None:
+            return self.family.blocks(self.hyper)
+        found = {m[1]: int(m[2]) for name in self.params if (m := re.match(r"(.*?\.(\d+)\.)", name))}
+        return tuple(Block(prefix, "") for prefix in sorted(found, key=lambda p: (p.split(".")[:-2], found[p])))
 
     @property
     def _family(self) -> ModuleType:

@@ -121,26 +121,13 @@ def optimize(
     judged = read_text(model, todo, recipe, evaluation_text, "evaluation") if evaluate and model.family else None
     facts = fingerprint(model.checkpoint, todo, seen)
     writer = Writer(Path(out), todo, model, facts, max_shard_size)
-    try:
-        _write(writer, seen, say, interrupted)
-    except InputError as error:
-        if not isinstance(error.__cause__, OSError):  # a full disk: go on later; else this command can only fail again
-            writer.discard()
-        raise _blame(error, model) from error
+    _write(writer, seen, say, interrupted)
     writer.finish()
     checked = verify.verify(writer.partial, reference=model.checkpoint.folder, plan=todo)
     for note in checked.notes:
         say(note)
-    report = Report(note="no forward function for this model_type, so nothing was evaluated" if model.family is None else "")
-    if judged is not None:
-        if interrupted():
-            raise Interrupted
-        try:
-            report = evaluation.evaluate(load(writer.partial), model, judged.ids, text=judged.origin)
-        except InputError as error:
-            raise _blame(error, model) from error
     report = dataclasses.replace(
-        report,
+        _judge(writer.partial, model, judged, interrupted),
         bits_per_weight=todo.bits_per_weight,
         bits_per_quantized_weight=todo.bits_per_quantized_weight,
         worst=evaluation.worst(checked.errors),
@@ -167,9 +154,23 @@ def _limit(kl_limit: float | None, recipe: Recipe, out: Path, evaluated: bool) -
     return limit
 
 
+def _judge(folder: Path, model: Model, seen: text.Tokens | None, interrupted: Callable[[], bool]) -> Report:
+    """The report of what was written, as far as there is text and a forward function."""
+    if model.family is None:
+        return Report(note="no forward function for this model_type, so nothing was evaluated")
+    if seen is None:
+        return Report()
+    if interrupted():
+        raise Interrupted
+    try:
+        return evaluation.evaluate(load(folder), model, seen.ids, text=seen.origin)
+    except InputError as error:
+        raise _blame(error, model) from error
+
+
 def _blame(error: InputError, model: Model) -> InputError:
     """The error, or a better one: NaN in a norm or an embedding shows only far behind it."""
-    names = [] if isinstance(error.__cause__, OSError) else not_finite(model)
+    names = not_finite(model) if error.__cause__ is None else []
     if not names or any(name in str(error) for name in names):
         return error
     listed = ", ".join(names[:10])
@@ -189,6 +190,16 @@ def not_finite(model: Model) -> list[str]:
 
 
 def _write(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Callable[[], bool]) -> None:
+    """Every unit; of a run that failed for its input nothing stays, unless the same command can go on from it."""
+    try:
+        _write_units(writer, seen, say, interrupted)
+    except InputError as error:
+        if error.__cause__ is None:  # it can only fail again; a full disk has a cause
+            writer.discard()
+        raise _blame(error, writer.model) from error
+
+
+def _write_units(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Callable[[], bool]) -> None:
     """Every unit, in order; those of an interrupted run are only run through."""
     model, todo = writer.model, writer.plan
     blocks = {b.prefix: b for b in model.blocks}
@@ -219,6 +230,8 @@ def read_text(model: Model, todo: Plan, recipe: Recipe, source: str | None, purp
 
 def _tokens(model: Model, c: Calibration, purpose: str) -> text.Tokens:
     assert model.checkpoint is not None
+    if purpose == "evaluation" and c.length < 2:
+        raise InputError(f"--length={c.length}: at least 2 tokens are needed to judge the next one")
     longest = model.config.get("max_position_embeddings")
     if longest and c.length > longest:
         raise InputError(f"--length={c.length}: the model has {longest} positions (max_position_embeddings); lower it")

@@ -220,7 +220,7 @@ class _Planner:
         cache = self._cache()
         self._unmatched()
         self._data(rows, step, cache)
-        if not any(r.scheme for r in rows):
+        if not any(r.scheme for r in rows) and not self.problems:
             self.problems.append("nothing would be quantized: every tensor is kept; see `mojax plan` without --keep")
         for name in OUTPUTS:
             if (self.files.folder / name).exists():
@@ -344,7 +344,7 @@ class _Planner:
         out = dict(by_name)
         fusing = self.target in FUSING
         for block in self.model.blocks:
-            for fused in self.model._family.FUSED:
+            for fused in getattr(self.model.family, "FUSED", ()):
                 names = [f"{block.prefix}{m}.weight" for m in fused]
                 members = [by_name[n] for n in names if n in by_name]
                 schemes = {r.scheme for r in members}

@@ -65,12 +65,13 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
         check.digests()
     check.layout()
     check.ignored()
-    check.fused()
+    if not check.broken:
+        check.fused()
     errors: dict[str, float] = {}
     if source is not None:
         check.kept()
         check.files()
-        errors = check.errors()
+        errors = {} if check.broken else check.errors()
     if check.differences:
         raise VerifyError(check.differences)
     assert out.checkpoint is not None
@@ -83,9 +84,12 @@ class _Check:
     def __init__(self, out: Model, source: Model | None, plan: Plan | None):
         assert out.checkpoint is not None
         self.out, self.source, self.plan, self.files_out = out, source, plan, out.checkpoint
-        self.dialect = dialects.dialect(out.config, model.file_names(out.checkpoint))
+        dialect = dialects.dialect(out.config, model.file_names(out.checkpoint))
+        assert dialect is not None  # it has schemes
+        self.dialect = dialect
         self.differences: list[str] = []
         self.notes: list[str] = []
+        self.broken = False  # a tensor is missing or misshapen: its weight cannot be decoded
         if plan is not None and set(plan.schemes) != set(out.schemes):
             odd = sorted(set(plan.schemes) ^ set(out.schemes))
             self.differences.append(f"config.json and the plan disagree on what is encoded: {', '.join(odd[:10])}")
@@ -116,6 +120,7 @@ class _Check:
                 want = self._layout(module)
             except (InputError, KeyError) as error:
                 self.differences.append(f"{module}: cannot be read back: {error}")
+                self.broken = True
                 continue
             for name, spec in want.items():
                 if name not in self.files_out:
@@ -190,9 +195,10 @@ class _Check:
                 continue
             if name not in self.files_out:
                 self.differences.append(f"{name}: is in the source, but was not written")
+                self.broken = True
             elif name not in rewritten and _bytes(files[name]) != _bytes(self.files_out[name]):
                 self.differences.append(f"{name}: was to be kept, but its bytes differ from the source's")
-        endings = self.dialect.SUFFIXES + (".weight",)
+        endings = (*self.dialect.SUFFIXES, ".weight")
         for name in self.files_out:
             module = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
             if name not in known and module not in self.out.schemes and not name.endswith((".k_scale", ".v_scale")):
@@ -236,7 +242,7 @@ def _sites(m: Model) -> Iterator[tuple[Block, tuple[trace.Site, ...]]]:
 
 def _fused(m: Model) -> Iterator[tuple[str, ...]]:
     for block in m.blocks:
-        for modules in m._family.FUSED:
+        for modules in getattr(m.family, "FUSED", ()):
             yield tuple(f"{block.prefix}{module}.weight" for module in modules)
 
 

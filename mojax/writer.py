@@ -118,6 +118,7 @@ class Writer:
 
     def _cache(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
+        assert self.plan.cache is not None
         for name in params:
             if name.endswith(".k_cache" + INPUT):
                 attention = name.removesuffix(".k_cache" + INPUT)

@@ -112,6 +112,7 @@ def test_help_and_version(capsys):
         ("quantize tiny", ["'tiny'", "--flag=value"]),
         ("quantize --model=tiny --out=x --seed=a", ["--seed", "a"]),
         ("quantize --model=tiny --out=x --sequences=0", ["--sequences"]),
+        ("quantize --model=tiny --out=x --recipe=fp8_dynamic --length=1", ["--length=1"]),
         ("evaluate --model=tiny --reference=tiny --sequences=0", ["--sequences"]),
         ("quantize --model=tiny --out=x --length=257", ["--length=257", "256"]),
         ("evaluate --model=tiny --reference=tiny --length=257", ["--length=257", "256"]),
@@ -143,10 +144,18 @@ def test_refused(capsys, tmp_path, line, words):
 
 
 def test_dashes_are_underscores(capsys, made, tmp_path):
-    a = run(capsys, "plan --model=tiny --recipe=fp8-dynamic --format=compressed_tensors --trust-remote-code --json")
-    b = run(capsys, "plan --model=tiny --recipe=fp8_dynamic --format=compressed-tensors --trust_remote_code --json")
+    a = run(
+        capsys,
+        "plan --model=tiny --recipe=fp8-dynamic --format=compressed_tensors --trust-remote-code --json",
+    )
+    b = run(
+        capsys,
+        "plan --model=tiny --recipe=fp8_dynamic --format=compressed-tensors --trust_remote_code --json",
+    )
     assert a == b and a[0] == 0
-    code, _, err = run(capsys, f"convert --model={made} --format=compressed_tensors --max-shard-size=1MB --out=x")
+    code, _, err = run(
+        capsys, f"convert --model={made} --format=compressed_tensors --max-shard-size=1MB --out=x"
+    )
     assert code == 2 and "compressed-tensors already" in err
 
 
@@ -198,7 +207,9 @@ def test_inspect(capsys, made):
     facts = json.loads(out)
     assert code == 0 and facts["dialect"] == "compressed-tensors" and facts["formats"][0]["modules"] == 28
     assert facts["ignore"] == ["lm_head"] and not facts["surprises"]
-    assert facts["bits_per_weight"] == pytest.approx(json.loads((made / "report.json").read_text())["bits_per_weight"], rel=1e-3)
+    assert facts["bits_per_weight"] == pytest.approx(
+        json.loads((made / "report.json").read_text())["bits_per_weight"], rel=1e-3
+    )
     assert run(capsys, "inspect --model=tiny")[0] == 0
 
 
@@ -323,7 +334,10 @@ def test_an_existing_output_is_untouched(capsys, tmp_path):
     for name in ("out", "out/", "link"):
         code, _, err = run(capsys, f"quantize --model=tiny --recipe=fp8_dynamic --noevaluate --out={name}")
         assert code == 2 and "exists already" in err
-    assert (out / "mine").read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"]
+    assert (out / "mine").read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "link",
+        "out",
+    ]
 
 
 def begin(out, **calibration):
@@ -388,7 +402,10 @@ def test_resume_after_everything_is_written(capsys, made, tmp_path, monkeypatch)
 def deep(folder):
     """A random Llama of many small layers, so that a signal meets it half way."""
     rng = np.random.default_rng(0)
-    config = json.loads((TINY / "config.json").read_text()) | {"num_hidden_layers": 48, "intermediate_size": 256}
+    config = json.loads((TINY / "config.json").read_text()) | {
+        "num_hidden_layers": 48,
+        "intermediate_size": 256,
+    }
     shutil.copytree(TINY, folder)
     (folder / "config.json").write_text(json.dumps(config))
     from mojax.models import llama
@@ -438,7 +455,11 @@ def test_signals_and_terminals(tmp_path):
     command = shlex.split(err.splitlines()[-1].partition("to go on: ")[2])
     assert command[:2] == ["mojax", "quantize"] and sorted(command[2:]) == sorted([*args[1:], "--out=a"])
     written = sorted((tmp_path / "a.partial").glob("*.safetensors"))
-    assert 3 <= len(written) < 49 and not list((tmp_path / "a.partial").glob("*.tmp")) and not (tmp_path / "a").exists()
+    assert (
+        3 <= len(written) < 49
+        and not list((tmp_path / "a.partial").glob("*.tmp"))
+        and not (tmp_path / "a").exists()
+    )
     assert all(hashlib.sha256(p.read_bytes()).hexdigest() == want[p.name] for p in written)
     times = {p.name: p.stat().st_mtime_ns for p in written}
     resumed = start(command[1:], tmp_path, **pipes)
@@ -455,6 +476,19 @@ def test_signals_and_terminals(tmp_path):
     again = start([*args, "--out=b"], tmp_path, **pipes)
     again.communicate()
     assert again.returncode == 0 and digests(tmp_path / "b") == want
+
+
+def test_a_full_disk(tmp_path):
+    """What was written stays; when there is room, the same command goes on from it."""
+    args = "-m mojax quantize --model=tiny --recipe=nvfp4_weight_only --noevaluate --out=out"
+    line = f"{shlex.quote(sys.executable)} {args}"
+    limited = ["bash", "-c", f"ulimit -f 1000; exec {line}"]  # files of 1 MB at most fail as a full disk does
+    full = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True)
+    assert full.returncode == 2 and "cannot be written" in full.stderr and full.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "mojax.json").exists()
+    assert not list((tmp_path / "out.partial").glob("*.tmp")) and not full.stdout
+    assert subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def read(fd):

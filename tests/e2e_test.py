@@ -46,20 +46,27 @@ def config(**changes):
     return small | changes
 
 
-def build(folder, dtype="bfloat16", tokenizer=True, shards="1MB", seed=0, **changes):
-    """A random Qwen3 as transformers writes it."""
-    import torch
+def build(folder, dtype="bfloat16", tokenizer=True, **changes):
+    """A random Qwen3 as transformers writes it, in three files or so."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(seed)
-    made = Qwen3ForCausalLM(Qwen3Config(**config(**changes))).to(getattr(torch, dtype))
+    return random_model(Qwen3ForCausalLM, Qwen3Config(**config(**changes)), folder, dtype, tokenizer)
+
+
+def random_model(make, own, folder, dtype, tokenizer=True):
+    import torch
+
+    torch.manual_seed(0)
+    made = make(own).to(getattr(torch, dtype))
     with torch.no_grad():
         for name, p in made.named_parameters():
             if "norm" in name:
                 p.copy_((1 + 0.3 * torch.randn(p.shape)).to(p.dtype))
+            elif name.endswith("bias"):
+                p.copy_((0.1 * torch.randn(p.shape)).to(p.dtype))
             else:
                 p.mul_(3)  # logits that differ, so that KL measures something
-    made.save_pretrained(folder, max_shard_size=shards)
+    made.save_pretrained(folder, max_shard_size="1MB")
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(TINY / name, folder / name)
@@ -71,7 +78,9 @@ def build(folder, dtype="bfloat16", tokenizer=True, shards="1MB", seed=0, **chan
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("qwen") / "model")
+    folder = build(tmp_path_factory.mktemp("qwen") / "model")
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,11 @@ def check_output(source, out, plan):
     assert encoded == {m + ".weight" for m in plan.schemes}
     kept = set(before) - encoded
     extra = dialects.dialect(made.config, [p.name for p in out.iterdir()]).layout
-    parts = {n for m, s in plan.schemes.items() for n in extra(m, before.spec(m + ".weight").shape, plan_dtype(before), s)}
+    parts = {
+        n
+        for m, s in plan.schemes.items()
+        for n in extra(m, before.spec(m + ".weight").shape, plan_dtype(before), s)
+    }
     caches = {n for n in after if n.endswith((".k_scale", ".v_scale"))}
     assert set(after) == kept | parts | caches  # conservation: nothing lost, nothing invented
     rewritten = {r.name for r in plan.rows if r.reason == "absorbs smoothing scales"}
@@ -111,9 +124,9 @@ def check_output(source, out, plan):
         assert before[name].tobytes() == after[name].tobytes(), name
     for path in checkpoint.side_files(source):
         assert (out / path.relative_to(source)).read_bytes() == path.read_bytes()
-    assert set(files_of(source)) - {"README.md", "config.json"} - {f for f in files_of(source) if "safetensors" in f} <= set(
-        files_of(out)
-    )
+    assert set(files_of(source)) - {"README.md", "config.json"} - {
+        f for f in files_of(source) if "safetensors" in f
+    } <= set(files_of(out))
     index = json.loads((out / checkpoint.INDEX).read_text())["weight_map"]
     assert index == {name: entry.file.name for name, entry in after.entries.items()}
     for a, b in ((a, b) for group in fused(made) for a in group for b in group):
@@ -161,14 +174,19 @@ def test_recipe(qwen, tmp_path, name, dialect):
     assert 0 < report.kl_mean < 1 and 0 < report.bits_per_quantized_weight < 9 and report.tokens == 128
     made = check_output(qwen, out, plan)
     assert len(made.schemes) == 14 and made.schemes.keys() == {
-        f"{b.prefix}{group}.{m}" for b in made.blocks for m in LINEARS for group in ("self_attn" if m[0] in "qkvo" else "mlp",)
+        f"{b.prefix}{group}.{m}"
+        for b in made.blocks
+        for m in LINEARS
+        for group in ("self_attn" if m[0] in "qkvo" else "mlp",)
     }
     assert "lm_head" in ignore_of(out)
     verified = verify.verify(out, qwen)
     assert set(verified.errors) == {m + ".weight" for m in made.schemes}
     assert report.worst[0]["rel_error"] == pytest.approx(max(verified.errors.values()), abs=1e-6)
     written = json.loads((out / "report.json").read_text())
-    assert written["kl_mean"] == report.kl_mean and written["bits_per_weight"] == pytest.approx(plan.bits_per_weight)
+    assert written["kl_mean"] == report.kl_mean and written["bits_per_weight"] == pytest.approx(
+        plan.bits_per_weight
+    )
     assert (out / "README.md").read_text().startswith("# A model\n\n## Quantization")
     assert not (tmp_path / "out.partial").exists()
 
@@ -194,7 +212,9 @@ def test_same_command_same_bytes(qwen, tmp_path):
     for out in ("a", "b"):
         optimize(qwen, "fp8", tmp_path / out)
     a, b = files_of(tmp_path / "a"), files_of(tmp_path / "b")
-    assert {k: v for k, v in a.items() if k != "report.json"} == {k: v for k, v in b.items() if k != "report.json"}
+    assert {k: v for k, v in a.items() if k != "report.json"} == {
+        k: v for k, v in b.items() if k != "report.json"
+    }
 
 
 def test_shards_are_split_by_size(qwen, tmp_path):
@@ -202,8 +222,13 @@ def test_shards_are_split_by_size(qwen, tmp_path):
     optimize(qwen, "fp8_dynamic", tmp_path / "split", evaluate=False, max_shard_size=100_000)
     whole, split = (checkpoint.open_checkpoint(tmp_path / n) for n in ("whole", "split"))
     assert len({e.file for e in whole.entries.values()}) == 3  # outside the blocks, and two blocks
-    sizes = {f: sum(e.stop - e.start for e in split.entries.values() if e.file == f) for f in {e.file for e in split.entries.values()}}
-    assert len(sizes) > 3 and sorted(sizes.values())[-3] <= 100_000  # only embedding and head are larger, alone
+    sizes = {
+        f: sum(e.stop - e.start for e in split.entries.values() if e.file == f)
+        for f in {e.file for e in split.entries.values()}
+    }
+    assert (
+        len(sizes) > 3 and sorted(sizes.values())[-3] <= 100_000
+    )  # only embedding and head are larger, alone
     assert {n: split[n].tobytes() for n in split} == {n: whole[n].tobytes() for n in whole}
 
 
@@ -288,7 +313,10 @@ def test_smoothquant_keeps_the_function_and_levels_the_maxima(single, tokens):
     changed = {}
     for block in source.blocks:
         changed |= step.apply(params, stats, plan.context(block))
-    assert {n.split(".", 3)[-1] for n in changed} >= {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert {n.split(".", 3)[-1] for n in changed} >= {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
     assert any(not np.array_equal(np.asarray(changed[n]), np.asarray(params[n])) for n in changed)
     before = np.asarray(source.apply(params, tokens))
     after = np.asarray(source.apply(params | changed, tokens))
@@ -298,13 +326,48 @@ def test_smoothquant_keeps_the_function_and_levels_the_maxima(single, tokens):
     )
     group = [f"model.layers.0.self_attn.{m}_proj.weight" for m in "qkv"]
     w = np.max([np.abs(np.asarray(changed[n])).max(0) for n in group], axis=0)
-    np.testing.assert_allclose(np.asarray(smoothed[group[0]]["absmax"]), w, rtol=1e-3)  # alpha 1/2: sqrt(X W) both
+    np.testing.assert_allclose(
+        np.asarray(smoothed[group[0]]["absmax"]), w, rtol=1e-3
+    )  # alpha 1/2: sqrt(X W) both
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral"])
+def test_other_families(tmp_path, tokens, kind):
+    """Biases of every sort, a window, as many heads of keys as of queries."""
+    import transformers
+
+    make = getattr(
+        transformers, {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral"}[kind] + "ForCausalLM"
+    )
+    more = {"llama": {"attention_bias": True, "mlp_bias": True}, "mistral": {"sliding_window": 8}}.get(
+        kind, {}
+    )
+    own = config(num_hidden_layers=1, num_key_value_heads=2, **more)
+    source = random_model(make, make.config_class(**own), tmp_path / "source", "float32")
+    loaded = mojax.load(source)
+    plan = mojax.plan(loaded, "int8_smoothquant")
+    step = smoothquant.smoothquant(alpha=0.5)
+    params = dict(loaded.params)
+    changed = step.apply(params, mojax.calibrate(loaded, plan, tokens), plan.context(loaded.blocks[0]))
+    producers = {s.producer for s in plan.context(loaded.blocks[0]).sites} - {None}
+    biases = {p.removesuffix(".weight") + ".bias" for p in producers} & set(params)
+    assert producers | biases <= set(changed)
+    before, after = (np.asarray(loaded.apply(p, tokens)) for p in (params, params | changed))
+    assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
+    for name in ("int8_smoothquant", "nvfp4"):
+        assert optimize(source, name, tmp_path / name).kl_mean < 1
+    check_output(source, tmp_path / "nvfp4", mojax.plan(loaded, "nvfp4"))
+    assert cli.run(["verify", f"--model={tmp_path / 'int8_smoothquant'}", f"--reference={source}"]) == 0
 
 
 def test_smoothquant_output_keeps_what_it_did_not_fold(qwen, tmp_path):
     optimize(qwen, "int8_smoothquant", tmp_path / "out")
     before, after = checkpoint.open_checkpoint(qwen), checkpoint.open_checkpoint(tmp_path / "out")
-    differ = {n.split(".", 3)[-1] for n in before if n in after and n.endswith("norm.weight") and before[n].tobytes() != after[n].tobytes()}
+    differ = {
+        n.split(".", 3)[-1]
+        for n in before
+        if n in after and n.endswith("norm.weight") and before[n].tobytes() != after[n].tobytes()
+    }
     assert differ == {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert cli.run(["verify", f"--model={tmp_path / 'out'}", f"--reference={qwen}"]) == 0
 
@@ -328,7 +391,9 @@ def test_fp8_cache(qwen, tmp_path, dialect):
     assert all(np.asarray(v).astype(np.float32) > 0 for v in scales.values())
     source = mojax.load(qwen)
     plan = mojax.plan(source, small(mine), format=dialect)
-    stats = mojax.calibrate(source, plan, pipeline.read_text(source, plan, plan.recipe, None, "calibration").ids)
+    stats = mojax.calibrate(
+        source, plan, pipeline.read_text(source, plan, plan.recipe, None, "calibration").ids
+    )
     for n in [n for n in stats if n.endswith("_cache")]:
         want = np.max(np.asarray(stats[n]["absmax"]))
         assert float(made.params[n + ".input_scale"]) == pytest.approx(float(want), rel=2**-8)
@@ -340,7 +405,9 @@ def test_fp8_cache(qwen, tmp_path, dialect):
 
 def test_cache_alone(qwen, tmp_path):
     """Only mlp encoded, and the cache: its scales must be found again."""
-    mine = write_recipe(tmp_path, "extends: fp8_dynamic\nrules: [{match: '*self_attn*', weights: keep, kv_cache: fp8}]\n")
+    mine = write_recipe(
+        tmp_path, "extends: fp8_dynamic\nrules: [{match: '*self_attn*', weights: keep, kv_cache: fp8}]\n"
+    )
     optimize(qwen, small(mine), tmp_path / "out")
     made = mojax.load(tmp_path / "out")
     assert sum(n.endswith("_cache.input_scale") for n in made.params) == 4
@@ -349,7 +416,9 @@ def test_cache_alone(qwen, tmp_path):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_share_scale(qwen, tmp_path, share):
-    mine = write_recipe(tmp_path, f"extends: fp8\nrules: [{{match: '*', share_scale: {str(share).lower()}}}]\n")
+    mine = write_recipe(
+        tmp_path, f"extends: fp8\nrules: [{{match: '*', share_scale: {str(share).lower()}}}]\n"
+    )
     optimize(qwen, small(mine), tmp_path / "out", evaluate=False)
     made = mojax.load(tmp_path / "out")
     same = [len({float(made.params[n].scales["outer"]) for n in group}) == 1 for group in fused(made)]
@@ -359,11 +428,20 @@ def test_share_scale(qwen, tmp_path, share):
 
 def test_keep(qwen, tmp_path):
     kept = "*.down_proj.weight"
-    args = [f"--model={qwen}", "--recipe=nvfp4-weight-only", f"--keep={kept}", "--keep=model.layers.1.self_attn.o_proj.weight"]
+    args = [
+        f"--model={qwen}",
+        "--recipe=nvfp4-weight-only",
+        f"--keep={kept}",
+        "--keep=model.layers.1.self_attn.o_proj.weight",
+    ]
     out = tmp_path / "out"
     assert cli.run(["quantize", *args, f"--out={out}", "--sequences=4", "--length=32"]) == 0
     before, after = checkpoint.open_checkpoint(qwen), checkpoint.open_checkpoint(out)
-    names = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    names = [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
     for name in names:
         assert before[name + ".weight"].tobytes() == after[name + ".weight"].tobytes()
         assert name in ignore_of(out)
@@ -373,18 +451,26 @@ def test_keep(qwen, tmp_path):
 def test_half_of_a_fused_group_is_a_plan_problem(qwen):
     with pytest.raises(mojax.PlanError, match="fuses these"):
         mojax.plan(mojax.load(qwen), adjusted(load_recipe("fp8"), keep=["*.q_proj.weight"]))
-    mojax.plan(mojax.load(qwen), adjusted(load_recipe("fp8"), keep=["*.q_proj.weight"]), target="transformers")
+    mojax.plan(
+        mojax.load(qwen), adjusted(load_recipe("fp8"), keep=["*.q_proj.weight"]), target="transformers"
+    )
 
 
 def test_head_by_its_full_name(qwen, tmp_path):
-    mine = write_recipe(tmp_path, "extends: fp8_dynamic\nrules: [{match: lm_head.weight, weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n")
+    mine = write_recipe(
+        tmp_path,
+        "extends: fp8_dynamic\nrules: [{match: lm_head.weight, weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n",
+    )
     report = optimize(qwen, small(mine), tmp_path / "out")
     assert "lm_head" in mojax.load(tmp_path / "out").schemes and "lm_head" not in ignore_of(tmp_path / "out")
     assert report.kl_mean > 0
 
 
 def test_mixed_formats(qwen, tmp_path):
-    mine = write_recipe(tmp_path, "extends: nvfp4\nrules: [{match: '*.mlp.*', weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n")
+    mine = write_recipe(
+        tmp_path,
+        "extends: nvfp4\nrules: [{match: '*.mlp.*', weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n",
+    )
     optimize(qwen, small(mine), tmp_path / "out")
     made = check_output(qwen, tmp_path / "out", mojax.plan(mojax.load(qwen), small(mine)))
     assert {s.weights.name for s in made.schemes.values()} == {"nvfp4", "fp8"}
@@ -395,7 +481,11 @@ def test_mixed_formats(qwen, tmp_path):
 def test_float32_source(single, tmp_path, name, dialect):
     report = optimize(single, name, tmp_path / "out", format=dialect, target=TARGET[name, dialect])
     assert 0 < report.kl_mean < 1
-    check_output(single, tmp_path / "out", mojax.plan(mojax.load(single), name, format=dialect, target=TARGET[name, dialect]))
+    check_output(
+        single,
+        tmp_path / "out",
+        mojax.plan(mojax.load(single), name, format=dialect, target=TARGET[name, dialect]),
+    )
 
 
 def test_float16_source(tmp_path):
@@ -423,6 +513,7 @@ def test_generic(qwen, tmp_path, name):
     config = json.loads((source / "config.json").read_text()) | {"model_type": "novel"}
     (source / "config.json").write_text(json.dumps(config))
     report = optimize(source, name, tmp_path / "out", generic=True)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3  # block by block all the same
     assert report.kl_mean is None and "no forward" in report.note and 0 < report.bits_per_weight < 16
     plain = tmp_path / "plain"
     optimize(qwen, name, plain, evaluate=False)
@@ -440,7 +531,9 @@ def test_generic_has_no_calibration(qwen, tmp_path, capsys, name):
     shutil.copytree(qwen, source)
     config = json.loads((source / "config.json").read_text()) | {"model_type": "novel"}
     (source / "config.json").write_text(json.dumps(config))
-    code = cli.run(["quantize", f"--model={source}", f"--recipe={name}", "--generic", f"--out={tmp_path / 'out'}"])
+    code = cli.run(
+        ["quantize", f"--model={source}", f"--recipe={name}", "--generic", f"--out={tmp_path / 'out'}"]
+    )
     assert code == 2 and "fp8_dynamic" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["odd"]
 
@@ -451,24 +544,46 @@ def test_generic_has_no_calibration(qwen, tmp_path, capsys, name):
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4_weight_only", "fp8_block", "mxfp8"])
 def test_convert_there_and_back(qwen, tmp_path, name):
     optimize(qwen, name, tmp_path / "ct", evaluate=False)
-    assert cli.run(["convert", f"--model={tmp_path / 'ct'}", "--format=modelopt", f"--out={tmp_path / 'mo'}"]) == 0
-    assert cli.run(["convert", f"--model={tmp_path / 'mo'}", "--format=compressed_tensors", f"--out={tmp_path / 'back'}"]) == 0
+    assert (
+        cli.run(["convert", f"--model={tmp_path / 'ct'}", "--format=modelopt", f"--out={tmp_path / 'mo'}"])
+        == 0
+    )
+    assert (
+        cli.run(
+            [
+                "convert",
+                f"--model={tmp_path / 'mo'}",
+                "--format=compressed_tensors",
+                f"--out={tmp_path / 'back'}",
+            ]
+        )
+        == 0
+    )
     ct, mo, back = (mojax.load(tmp_path / n) for n in ("ct", "mo", "back"))
     assert ct.schemes.keys() == mo.schemes.keys() == back.schemes.keys()
     for module in ct.schemes:
         a, b, c = (m.params[module + ".weight"] for m in (ct, mo, back))
         for other in (b, c):
             assert np.asarray(a.codes).tobytes() == np.asarray(other.codes).tobytes()
-            assert (np.asarray(a.scales["inner"]).astype(np.float32) == np.asarray(other.scales["inner"]).astype(np.float32)).all()
+            assert (
+                np.asarray(a.scales["inner"]).astype(np.float32)
+                == np.asarray(other.scales["inner"]).astype(np.float32)
+            ).all()
         if "outer" in a.scales:
             want = np.float32(1) / np.float32(a.scales["outer"])
             assert abs(np.float32(b.scales["outer"]) - want) <= np.spacing(want)
-            assert abs(np.float32(c.scales["outer"]) - a.scales["outer"]) <= np.spacing(np.float32(a.scales["outer"]))
+            assert abs(np.float32(c.scales["outer"]) - a.scales["outer"]) <= np.spacing(
+                np.float32(a.scales["outer"])
+            )
     for n in ct.checkpoint:
         if "norm" in n or "embed" in n:
             assert ct.checkpoint[n].tobytes() == mo.checkpoint[n].tobytes()
-    assert (tmp_path / "mo" / "hf_quant_config.json").exists() and not (tmp_path / "back" / "hf_quant_config.json").exists()
-    assert (tmp_path / "back" / "extra" / "notes.txt").read_bytes() == (qwen / "extra" / "notes.txt").read_bytes()
+    assert (tmp_path / "mo" / "hf_quant_config.json").exists() and not (
+        tmp_path / "back" / "hf_quant_config.json"
+    ).exists()
+    assert (tmp_path / "back" / "extra" / "notes.txt").read_bytes() == (
+        qwen / "extra" / "notes.txt"
+    ).read_bytes()
     assert (tmp_path / "mo" / "README.md").read_bytes() == (tmp_path / "ct" / "README.md").read_bytes()
     assert sorted(ignore_of(tmp_path / "back")) == sorted(ignore_of(tmp_path / "ct"))
     assert cli.run(["verify", f"--model={tmp_path / 'back'}", f"--reference={qwen}"]) == 0
@@ -477,7 +592,10 @@ def test_convert_there_and_back(qwen, tmp_path, name):
 def test_convert_the_cache(qwen, tmp_path):
     mine = write_recipe(tmp_path, "extends: fp8_dynamic\nrules: [{match: '*', kv_cache: fp8}]\n")
     optimize(qwen, small(mine), tmp_path / "ct", evaluate=False)
-    assert cli.run(["convert", f"--model={tmp_path / 'ct'}", "--format=modelopt", f"--out={tmp_path / 'mo'}"]) == 0
+    assert (
+        cli.run(["convert", f"--model={tmp_path / 'ct'}", "--format=modelopt", f"--out={tmp_path / 'mo'}"])
+        == 0
+    )
     a, b = mojax.load(tmp_path / "ct"), mojax.load(tmp_path / "mo")
     for n in [n for n in a.params if n.endswith("_cache.input_scale")]:
         assert float(a.params[n]) == pytest.approx(float(b.params[n]), rel=1e-6)
@@ -489,7 +607,10 @@ def test_convert_refuses_what_does_not_fit(qwen, tmp_path, capsys):
     assert cli.run(["convert", f"--model={tmp_path / 'mo'}", f"--out={tmp_path / 'ct'}"]) == 2
     assert "cannot hold exactly" in capsys.readouterr().err
     optimize(qwen, "int8", tmp_path / "int8", evaluate=False)
-    assert cli.run(["convert", f"--model={tmp_path / 'int8'}", "--format=modelopt", f"--out={tmp_path / 'no'}"]) == 2
+    assert (
+        cli.run(["convert", f"--model={tmp_path / 'int8'}", "--format=modelopt", f"--out={tmp_path / 'no'}"])
+        == 2
+    )
     assert "no algorithm for this pair" in capsys.readouterr().err
     assert cli.run(["convert", f"--model={tmp_path / 'int8'}", f"--out={tmp_path / 'no'}"]) == 2
     assert "already" in capsys.readouterr().err
@@ -537,7 +658,9 @@ def test_convert_native_fp8(qwen, tmp_path, dialect, tokens):
     for module in a.schemes:
         p, q = (m.params[module + ".weight"] for m in (a, b))
         assert np.asarray(p.codes).tobytes() == np.asarray(q.codes).tobytes()
-        np.testing.assert_array_equal(np.asarray(p.scales["inner"]), np.asarray(q.scales["inner"]).astype(np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(p.scales["inner"]), np.asarray(q.scales["inner"]).astype(np.float32)
+        )
     report = mojax.evaluate(b, a, tokens)
     # Rounding of the inputs' scales is simulated as each dialect's own tools do it.
     assert report.kl_mean < {"compressed-tensors": 1e-2, "modelopt": 1e-4}[dialect]
@@ -574,5 +697,8 @@ def test_units_are_fixed_by_the_plan(qwen):
     units = writer.units(plan, source)
     assert [u.prefix for u in units] == ["", "model.layers.0.", "model.layers.1."]
     assert sorted(r.name for u in units for _, rows in u.files for r in rows) == sorted(source.params)
-    assert isinstance(mojax.apply(source, mojax.plan(source, "int4"), {}).params["model.layers.0.mlp.up_proj.weight"], QTensor)
+    assert isinstance(
+        mojax.apply(source, mojax.plan(source, "int4"), {}).params["model.layers.0.mlp.up_proj.weight"],
+        QTensor,
+    )
     assert evaluation.bits(source, source) == 16

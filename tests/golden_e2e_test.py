@@ -61,7 +61,7 @@ def test_every_tensor_is_the_peers(recipe, dialect, folder, tokens, tmp_path):
     assert set(ours) == set(theirs)
     differing = [n for n in ours if hashlib.sha256(ours[n].tobytes()).hexdigest() != theirs[n]["sha256"]]
     # The forward is ours: a maximum may differ by bfloat16 noise (ModelOpt's own differs so between two kernels
-    # of torch's attention). On the machine of the golden files llm-compressor's come out the same to the bit.
+    # of torch's attention); llm-compressor's usually come out the same to the bit.
     for name in differing:
         assert name.endswith((".input_scale", ".input_global_scale")), name
         found = float(ours[name].astype(np.float32).reshape(()))

@@ -66,6 +66,11 @@ def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent.int().clamp(-126, 127) + 127) << 23).view(torch.float32)
 
 
+def parameter(weight: torch.Tensor) -> torch.nn.Parameter:
+    """In the dtype of the model, which is the default one while vLLM loads."""
+    return torch.nn.Parameter(weight.to(torch.get_default_dtype()), requires_grad=False)
+
+
 def fake_mxfp4(x: torch.Tensor) -> torch.Tensor:
     """Inputs through MXFP4 as compressed-tensors does: 2^(floor(log2 amax) - 2), one more from 1.75 * 2^n."""
     blocks = x.float().unflatten(-1, (-1, 32))
@@ -88,7 +93,7 @@ class Nvfp4WeightOnly(linear.NvFp4LinearKernel):
     def process_weights_after_loading(self, layer):
         scale = layer.weight_scale.float() * layer.weight_global_scale
         weight = unpack_e2m1(layer.weight.data).unflatten(-1, (-1, 16)) * scale[..., None]
-        layer.weight = torch.nn.Parameter(weight.flatten(-2).to(torch.bfloat16), requires_grad=False)
+        layer.weight = parameter(weight.flatten(-2))
 
     def apply_weights(self, layer, x, bias=None):
         return torch.nn.functional.linear(x, layer.weight, bias)
@@ -114,7 +119,7 @@ class Mxfp4(linear.MxFp4LinearKernel):
     def process_weights_after_loading(self, layer):
         scale = power_of_two(layer.weight_scale.data.int() - 127)
         weight = unpack_e2m1(layer.weight.data).unflatten(-1, (-1, 32)) * scale[..., None]
-        layer.weight = torch.nn.Parameter(weight.flatten(-2).to(torch.bfloat16), requires_grad=False)
+        layer.weight = parameter(weight.flatten(-2))
 
     def apply_weights(self, layer, x, bias=None):
         x = x if self.WEIGHT_ONLY else fake_mxfp4(x)
@@ -233,7 +238,7 @@ def answer(folder: Path, tokens: np.ndarray, new: int) -> dict[str, np.ndarray]:
     vocabulary = config["vocab_size"]
     length = tokens.shape[1]
     llm = LLM(
-        model=str(folder), dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True,
+        model=str(folder), dtype="auto", enforce_eager=True, skip_tokenizer_init=True,
         max_model_len=length + 1, max_num_seqs=4, max_num_batched_tokens=max(512, length + 1),
         max_logprobs=vocabulary, enable_prefix_caching=False, seed=0, use_tqdm_on_load=False,
     )
