@@ -28,7 +28,9 @@ class Statistic(NamedTuple):
 STATISTICS: Mapping[str, Statistic] = {
     "absmax": Statistic(lambda x: jnp.max(jnp.abs(x), axis=0), np.maximum),  # [in]
     "sumsq": Statistic(lambda x: jnp.sum(x * x, axis=0), np.add),  # [in]
-    "count": Statistic(lambda x: jnp.asarray(x.shape[0], jnp.int32), lambda a, b: np.int64(a) + np.int64(b)),  # [], tokens
+    "count": Statistic(
+        lambda x: jnp.asarray(x.shape[0], jnp.int32), lambda a, b: np.int64(a) + np.int64(b)
+    ),  # [], tokens
 }
 
 
@@ -86,7 +88,7 @@ def observe(
 
 
 def batches(tokens: np.ndarray, size: int = 2048) -> list[np.ndarray]:
-    """Rows of `tokens [sequences, length]` in batches of about `size` tokens, all of one shape if they divide."""
+    """`tokens [sequences, length]` in batches of equal shape, of about `size` tokens each."""
     rows = max(1, min(len(tokens), size // tokens.shape[1]))
     while len(tokens) % rows:
         rows -= 1  # one shape: one compilation

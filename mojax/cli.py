@@ -57,7 +57,9 @@ def define(verb: str) -> Flags:
         text("recipe", "nvfp4", "a name from `mojax recipes`, or a file")
         text("target", "vllm", "what must be able to load it: vllm, sglang, trtllm, transformers")
         text("calibration", None, "builtin, or a txt, jsonl, parquet or npz file (default: the recipe's)")
-        flags.DEFINE_multi_string("keep", [], "glob of tensors to leave as they are; repeatable", flag_values=f)
+        flags.DEFINE_multi_string(
+            "keep", [], "glob of tensors to leave as they are; repeatable", flag_values=f
+        )
         text("revision", None, "of a hub id")
         switch("trust_remote_code", "allow a recipe that is a Python file")
         switch("generic", "accept an unknown model_type; data-free recipes on its 2-D weights")
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> int:
-    """Run one command; returns the exit code (0 done, 1 verify differs, 2 input, 3 limit, 130 interrupted)."""
+    """Run one command; the exit code: 0 done, 1 verify differs, 2 input, 3 limit, 130 interrupted."""
     if not args or args[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if args else 2
@@ -140,7 +142,9 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
     for arg in args:
         name = arg.lstrip("-").partition("=")[0]
         if arg.startswith("-") and name not in known and name.removeprefix("no") not in switches:
-            raise InputError(f"{verb} has no flag --{name}{_others(name)}{nearest('--' + name, ['--' + k for k in known])}")
+            raise InputError(
+                f"{verb} has no flag --{name}{_others(name)}{nearest('--' + name, ['--' + k for k in known])}"
+            )
     try:
         words = f(["mojax", *args])[1:]
     except flags.Error as error:
@@ -176,7 +180,9 @@ def usage(verb: str | None = None) -> str:
     if verb is None:
         width = max(map(len, VERBS))
         lines = [f"  {name.ljust(width)}  {what}" for name, what in VERBS.items()]
-        return "usage: mojax VERB --flag=value\n\n" + "\n".join(lines) + "\n\nmojax VERB --help shows its flags."
+        return (
+            "usage: mojax VERB --flag=value\n\n" + "\n".join(lines) + "\n\nmojax VERB --help shows its flags."
+        )
     f = define(verb)
     lines = [f"mojax {verb}: {VERBS[verb]}", "", f"  {EXAMPLES[verb]}", ""]
     for name in f:
@@ -204,7 +210,9 @@ def quantize(f: Flags, words: list[str]) -> int:
     from mojax import model_card, pipeline, verify
 
     out = f.out.rstrip("/") or "/"
-    say: Callable[[str], None] = (lambda line: print(line, file=sys.stderr)) if sys.stderr.isatty() else _quiet
+    say: Callable[[str], None] = (
+        (lambda line: print(line, file=sys.stderr)) if sys.stderr.isatty() else _quiet
+    )
     stop = _Interrupt()
     try:
         report = pipeline.optimize(
@@ -229,7 +237,10 @@ def quantize(f: Flags, words: list[str]) -> int:
         print(f"mojax: {error}", file=sys.stderr)
         return 3
     except (pipeline.Interrupted, KeyboardInterrupt):
-        print(f"mojax: stopped; whole blocks are kept in {out}.partial; to go on: {command('quantize', f)}", file=sys.stderr)
+        print(
+            f"mojax: stopped; whole blocks are kept in {out}.partial; to go on: {command('quantize', f)}",
+            file=sys.stderr,
+        )
         return 130
     finally:
         stop.restore()
@@ -237,7 +248,10 @@ def quantize(f: Flags, words: list[str]) -> int:
         print(f"{name:40s} {value}")
     for row in report.worst:
         print(f"  {row['tensor']}: relative error {row['rel_error']}")
-    print(f"{report.seconds:.1f} s, peak memory {(report.peak_rss_bytes or 0) / 1e6:.0f} MB; report in {out}/report.json")
+    print(
+        f"{report.seconds:.1f} s, peak memory {(report.peak_rss_bytes or 0) / 1e6:.0f} MB; "
+        f"report in {out}/report.json"
+    )
     print(serve(out, f.target))
     return 0
 
@@ -255,7 +269,10 @@ def command(verb: str, f: Flags) -> str:
     for name in f:
         value = f[name].value
         if not f[name].using_default_value and value is not False:
-            words += [f"--{name}" if value is True else f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
+            words += [
+                f"--{name}" if value is True else f"--{name}={v}"
+                for v in (value if isinstance(value, list) else [value])
+            ]
     return shlex.join(words)
 
 
@@ -290,7 +307,8 @@ def _open(f: Flags) -> Any:
 def evaluate(f: Flags, words: list[str]) -> int:
     from mojax import model_card, pipeline
 
-    asked = {name: f[name].value for name in ("sequences", "length", "seed") if f[name].value is not None}
+    numbers = {name: f[name].value for name in ("sequences", "length", "seed")}
+    asked: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     report = pipeline.evaluate_folder(f.model, f.reference, f.text, **asked)
 
     content = json.dumps(report.as_dict(), indent=2)
@@ -343,10 +361,10 @@ def convert(f: Flags, words: list[str]) -> int:
 
     out = f.out.rstrip("/") or "/"
     try:
-        conversion.convert(f.model, f.format, out, max_shard_size=_bytes(f.max_shard_size))
+        made = conversion.convert(f.model, f.format, out, max_shard_size=_bytes(f.max_shard_size))
     except verify.VerifyError as error:
         return _differs(error, out)
-    print(serve(out, "vllm"))
+    print(serve(out, made.target))
     return 0
 
 
@@ -380,7 +398,7 @@ COMMANDS: dict[str, Callable[[Flags, list[str]], int]] = {
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into a question that the pipeline asks between blocks; the second one stops at once."""
+    """The first Ctrl-C is a question that the pipeline asks between blocks; the second stops at once."""
 
     def __init__(self) -> None:
         self.asked = False

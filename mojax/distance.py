@@ -27,7 +27,11 @@ def weight_errors(out: Model, source: Model) -> dict[str, float]:
     sites = {block.prefix: out.sites(block) for block in out.blocks}
     found: dict[str, float] = {}
     for prefix in ("", *sites):
-        names = [m + ".weight" for m in out.schemes if _prefix(m, sites) == prefix and m + ".weight" in source.params]
+        names = [
+            m + ".weight"
+            for m in out.schemes
+            if _prefix(m, sites) == prefix and m + ".weight" in source.params
+        ]
         if not names:
             continue
         n = len(prefix)
@@ -74,7 +78,8 @@ def cut_encoded(q: QTensor, rows: int) -> list[QTensor]:
     codes = np.split(np.asarray(q.codes), count)
     shape = (rows, *q.shape[1:])
     return [
-        QTensor(codes[i], {k: v[i] for k, v in levels.items()}, q.format, shape, q.dtype) for i in range(count)
+        QTensor(codes[i], {k: v[i] for k, v in levels.items()}, q.format, shape, q.dtype)
+        for i in range(count)
     ]
 
 
@@ -101,6 +106,8 @@ def smoothed(
             out[s.producer] = (full / np.where(scale == 0, 1, scale)[:, None]).astype(np.float32)
         else:
             gain = np.asarray(after[s.producer], np.float32)
-            scale = np.where(gain == 0, 1, np.asarray(before[s.producer], np.float32) / np.where(gain == 0, 1, gain))
+            scale = np.where(
+                gain == 0, 1, np.asarray(before[s.producer], np.float32) / np.where(gain == 0, 1, gain)
+            )
         out[s.weight] = (out[s.weight] * scale[None, :]).astype(np.float32)
     return out

@@ -69,7 +69,8 @@ def compare(p_logits: jax.Array, q_logits: jax.Array, targets: Any) -> tuple[jax
     """Per token of float32 logits `[tokens, vocabulary]` and targets int32 `[tokens]`.
 
     Returns:
-      KL, agreement of the top choice, and the negative log-likelihoods of the target under p and q; `[tokens]`.
+      KL, agreement of the top choice, and the negative log-likelihoods of the target under p and q;
+      `[tokens]`.
     """
     p, q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
@@ -79,7 +80,7 @@ def compare(p_logits: jax.Array, q_logits: jax.Array, targets: Any) -> tuple[jax
 
 
 def hidden(model: Model, tokens: np.ndarray) -> list[jax.Array]:
-    """The last block's output, in batches, with quantized inputs simulated and weights decoded block by block."""
+    """The last block's output, in batches; inputs are simulated and weights decoded block by block."""
     outside = model.outside()
     xs = [embed(model._family, model.hyper, outside, t) for t in batches(tokens)]
     for block in model.blocks:
@@ -105,12 +106,16 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
     """
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise InputError(f"tokens: shape is {list(tokens.shape)}, needed [sequences, length] with length of 2 or more")
+        raise InputError(
+            f"tokens: shape is {list(tokens.shape)}, needed [sequences, length] with length of 2 or more"
+        )
     sizes = [m.config.get("vocab_size") for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise InputError(f"vocab_size is {sizes[0]} here and {sizes[1]} in the reference: not the same model")
     if tokens.min() < 0 or (sizes[0] and tokens.max() >= sizes[0]):
-        raise InputError(f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}")
+        raise InputError(
+            f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}"
+        )
     pairs = zip(batches(tokens), hidden(reference, tokens), hidden(model, tokens), strict=True)
     outsides = reference.outside(), model.outside()
     heads = reference.head_program(), model.head_program()
@@ -129,7 +134,9 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
         kl_mean=_finite("KL", kl.mean(dtype=np.float64)),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1_agreement=float(same.mean()),
-        perplexity=float(np.exp(nll_q[:, :-1].mean(dtype=np.float64))),  # the last token of a piece has no next
+        perplexity=float(
+            np.exp(nll_q[:, :-1].mean(dtype=np.float64))
+        ),  # the last token of a piece has no next
         perplexity_source=float(np.exp(nll_p[:, :-1].mean(dtype=np.float64))),
         bits_per_weight=bits(model, reference),
         bits_per_quantized_weight=quantized_bits(model),
@@ -141,8 +148,22 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
 
 def _finite(what: str, value: Any) -> float:
     if not np.isfinite(value):
-        raise InputError(f"{what} is {value}: one of the two models gives logits that are not finite on this text")
+        raise InputError(
+            f"{what} is {value}: one of the two models gives logits that are not finite on this text"
+        )
     return float(value)
+
+
+def not_finite(model: Model) -> list[str]:
+    """The float tensors of the source that hold NaN or infinity. Reads everything."""
+    found = []
+    for name in model.params:
+        flat = np.asarray(model.params[name]).reshape(-1)
+        if jnp.issubdtype(flat.dtype, jnp.floating) and not all(
+            np.isfinite(flat[i : i + 2**22].astype(np.float32)).all() for i in range(0, flat.size, 2**22)
+        ):
+            found.append(name)
+    return found
 
 
 def bits(model: Model, reference: Model) -> float:
@@ -152,8 +173,10 @@ def bits(model: Model, reference: Model) -> float:
     else:
         size = sum(_bytes(leaf) for leaf in model.params.values())
     files = reference.checkpoint
-    count = sum(int(np.prod(files.spec(n).shape)) for n in files) if files else sum(
-        int(np.prod(v.shape)) for v in reference.params.values()
+    count = (
+        sum(int(np.prod(files.spec(n).shape)) for n in files)
+        if files
+        else sum(int(np.prod(v.shape)) for v in reference.params.values())
     )
     return 8 * size / count
 

@@ -19,8 +19,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
     """Facts about a checkpoint, as plain data.
 
     Returns:
-      model_type, dialect, tensors, bytes, bits_per_weight, dtypes (count and bytes of each), formats (count of
-      modules, range of every scale level and of static inputs), ignore, surprises.
+      model_type, dialect, tensors, bytes, bits_per_weight, dtypes (count and bytes of each), formats
+      (count of modules, range of every scale level and of static inputs), ignore, surprises.
     Raises:
       InputError: not a readable checkpoint.
     """
@@ -88,7 +88,9 @@ def _surprises(source: str | Path, model: Model) -> list[str]:
         out.append(str(error))
     parents = collections.Counter(m.rsplit(".", 1)[-1] for m in model.schemes)
     most = max(parents.values())
-    out += [f"only {n} of {most} {name} are encoded" for name, n in parents.items() if n < most and model.blocks]
+    out += [
+        f"only {n} of {most} {name} are encoded" for name, n in parents.items() if n < most and model.blocks
+    ]
     return out
 
 
@@ -96,7 +98,8 @@ def text(facts: dict[str, Any]) -> str:
     """The facts as lines."""
     lines = [
         f"{facts['source']}: {facts['model_type']}, {facts['dialect']}",
-        f"{facts['tensors']} tensors, {facts['bytes'] / 1e6:.1f} MB, {facts['bits_per_weight']:.2f} bits per weight",
+        f"{facts['tensors']} tensors, {facts['bytes'] / 1e6:.1f} MB, "
+        f"{facts['bits_per_weight']:.2f} bits per weight",
     ]
     for name, d in facts["dtypes"].items():
         lines.append(f"  {name}: {d['tensors']} tensors, {d['bytes'] / 1e6:.2f} MB")

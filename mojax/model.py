@@ -77,11 +77,13 @@ class Model:
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The layers in order; without a family what has a number in its name, so that weights pass by in pieces."""
+        """The layers in order; without a family, what has a number in its name (weights pass in pieces)."""
         if self.family is not None:
             return self.family.blocks(self.hyper)
         found = {m[1]: int(m[2]) for name in self.params if (m := re.match(r"(.*?\.(\d+)\.)", name))}
-        return tuple(Block(prefix, "") for prefix in sorted(found, key=lambda p: (p.split(".")[:-2], found[p])))
+        return tuple(
+            Block(prefix, "") for prefix in sorted(found, key=lambda p: (p.split(".")[:-2], found[p]))
+        )
 
     @property
     def _family(self) -> ModuleType:
@@ -94,11 +96,13 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the checkpoint: what decoded weights and activations are. Config files are often wrong."""
+        """The dtype of decoded weights and activations, from the tensors: config files are often wrong."""
         found = [e for e in self.checkpoint.entries.values() if wide(e)] if self.checkpoint else []
         if found:
             return max(found, key=lambda e: e.stop - e.start).dtype
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16").removeprefix(
+            "torch."
+        )
         if name not in ("bfloat16", "float16", "float32"):
             raise InputError(f"config.json: dtype is {name!r}, needed bfloat16, float16 or float32")
         return jnp.dtype(name)
@@ -115,7 +119,11 @@ class Model:
 
     def head_program(self) -> Program:
         """The static part of `head`."""
-        inputs = [(m, s.inputs) for m, s in self.schemes.items() if m + ".weight" in self._outside_names and s.inputs]
+        inputs = [
+            (m, s.inputs)
+            for m, s in self.schemes.items()
+            if m + ".weight" in self._outside_names and s.inputs
+        ]
         return Program(self._family, self.hyper, "head", tuple(inputs))
 
     @functools.cached_property
@@ -155,7 +163,11 @@ class Model:
 
 def wide(entry: Entry) -> bool:
     """Whether a tensor of a file is a weight in full precision."""
-    return entry.name.endswith(".weight") and entry.dtype.itemsize >= 2 and jnp.issubdtype(entry.dtype, jnp.floating)
+    return (
+        entry.name.endswith(".weight")
+        and entry.dtype.itemsize >= 2
+        and jnp.issubdtype(entry.dtype, jnp.floating)
+    )
 
 
 @jit()
@@ -197,7 +209,7 @@ def simulate(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
 def _simulate(program: Program, fn: Callable[..., jax.Array], params: Mapping[str, Any], x: Any) -> jax.Array:
     inputs = dict(program.inputs)
 
-    def quantize(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array | None, None]:
+    def quantize(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[Any, None]:
         module = name.removesuffix(".weight")
         if module not in inputs:
             return None, None
@@ -216,10 +228,14 @@ def _simulate(program: Program, fn: Callable[..., jax.Array], params: Mapping[st
 
 
 @functools.lru_cache
-def _kind_sites(family: ModuleType, config: Any, kind: str, local: tuple[tuple[str, tuple[int, ...]], ...], dtype: str):
+def _kind_sites(
+    family: ModuleType, config: Any, kind: str, local: tuple[tuple[str, tuple[int, ...]], ...], dtype: str
+):
     params = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in local}
     whole = {n: jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for n, s in family.shapes(config).items()}
-    x = jax.eval_shape(functools.partial(family.embed, config), whole, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    x = jax.eval_shape(
+        functools.partial(family.embed, config), whole, jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    )
     block = functools.partial(family.block, config, kind)
     return trace.sites(block, params, x, jax.ShapeDtypeStruct((8,), jnp.int32))
 
@@ -232,7 +248,9 @@ def block_sites(family: ModuleType, config: Any, block: Block, dtype: np.dtype) 
     return _kind_sites(family, config, block.kind, local, dtype.name)
 
 
-def load(source: str | Path, *, revision: str | None = None, generic: bool = False, headers_only: bool = False) -> Model:
+def load(
+    source: str | Path, *, revision: str | None = None, generic: bool = False, headers_only: bool = False
+) -> Model:
     """Open a checkpoint: headers only, no weight is read until it is used.
 
     Args:
@@ -252,7 +270,8 @@ def load(source: str | Path, *, revision: str | None = None, generic: bool = Fal
         family = find.find("models", kind)
     elif not generic:
         raise InputError(
-            f"{source}: model_type {kind!r} has no family here{nearest(kind, find.names('models'))}; data-free "
+            f"{source}: model_type {kind!r} has no family "
+            f"here{nearest(kind, find.names('models'))}; data-free "
             "recipes can quantize its two-dimensional weights all the same: add --generic"
         )
     from mojax.converters import base as dialects  # reading a quantized checkpoint needs a converter
@@ -312,18 +331,22 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
     for module, scheme in parsed.schemes.items():
         for suffix in dialect.SUFFIXES:
             leaves.pop(module + suffix, None)
-        leaves[module + ".weight"] = lambda m=module, s=scheme: dialect.read(m, files.__getitem__, s, model.dtype)[0]
+        leaves[module + ".weight"] = lambda m=module, s=scheme: dialect.read(
+            m, files.__getitem__, s, model.dtype
+        )[0]
         if scheme.inputs is not None and scheme.inputs.static:
-            leaves[module + INPUT] = lambda m=module, s=scheme: dialect.read(m, files.__getitem__, s, model.dtype)[1]
+            leaves[module + INPUT] = lambda m=module, s=scheme: dialect.read(
+                m, files.__getitem__, s, model.dtype
+            )[1]
     if parsed.cache is not None:
         key = dialect.cache_names("")[0]
         for attention in [n.removesuffix(key) for n in files if n.endswith(key)]:
             names = dialect.cache_names(attention)
             for i, kv in enumerate("kv"):
                 leaves.pop(names[i], None)
-                leaves[f"{attention}.{kv}_cache{INPUT}"] = (
-                    lambda a=attention, i=i: dialect.read_cache(a, files.__getitem__)[i]
-                )
+                leaves[f"{attention}.{kv}_cache{INPUT}"] = lambda a=attention, i=i: dialect.read_cache(
+                    a, files.__getitem__
+                )[i]
     return dataclasses.replace(model, params=Lazy(leaves), schemes=parsed.schemes, cache=parsed.cache)
 
 

@@ -1,4 +1,4 @@
-"""The order of things: load, plan, then per block calibrate, transform, write; verify, evaluate, report, rename."""
+"""The order of things: load, plan; per block calibrate, transform, write; verify, evaluate, report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 import mojax
@@ -118,7 +117,9 @@ def optimize(
     seen = read_text(model, todo, recipe, calibration_text, "calibration") if todo.needs else None
     if seen is not None:
         say(f"calibration text ({seen.origin}): {seen.preview!r}")
-    judged = read_text(model, todo, recipe, evaluation_text, "evaluation") if evaluate and model.family else None
+    judged = (
+        read_text(model, todo, recipe, evaluation_text, "evaluation") if evaluate and model.family else None
+    )
     facts = fingerprint(model.checkpoint, todo, seen)
     writer = Writer(Path(out), todo, model, facts, max_shard_size)
     _write(writer, seen, say, interrupted)
@@ -147,7 +148,9 @@ def _limit(kl_limit: float | None, recipe: Recipe, out: Path, evaluated: bool) -
     if kl_limit is not None and not kl_limit >= 0:
         raise InputError(f"--kl_limit={kl_limit}: needed nats per token, 0 or more")
     if kl_limit is not None and not evaluated:
-        raise InputError("--kl_limit needs the evaluation: leave out --noevaluate (--generic models have none)")
+        raise InputError(
+            "--kl_limit needs the evaluation: leave out --noevaluate (--generic models have none)"
+        )
     limit = kl_limit if kl_limit is not None else recipe.limits.get("kl_mean")
     if limit is not None and evaluated:
         refuse(out.with_name(out.name + ".rejected"))
@@ -170,27 +173,15 @@ def _judge(folder: Path, model: Model, seen: text.Tokens | None, interrupted: Ca
 
 def _blame(error: InputError, model: Model) -> InputError:
     """The error, or a better one: NaN in a norm or an embedding shows only far behind it."""
-    names = not_finite(model) if error.__cause__ is None else []
+    names = evaluation.not_finite(model) if error.__cause__ is None else []
     if not names or any(name in str(error) for name in names):
         return error
     listed = ", ".join(names[:10])
     return InputError(f"{listed}: holds NaN or infinity in the source; repair the checkpoint ({error})")
 
 
-def not_finite(model: Model) -> list[str]:
-    """The float tensors of the source that hold NaN or infinity. Reads everything."""
-    found = []
-    for name in model.params:
-        flat = np.asarray(model.params[name]).reshape(-1)
-        if jnp.issubdtype(flat.dtype, jnp.floating) and not all(
-            np.isfinite(flat[i : i + 2**22].astype(np.float32)).all() for i in range(0, flat.size, 2**22)
-        ):
-            found.append(name)
-    return found
-
-
 def _write(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Callable[[], bool]) -> None:
-    """Every unit; of a run that failed for its input nothing stays, unless the same command can go on from it."""
+    """Every unit. A run that fails for its input leaves nothing that no command could go on from."""
     try:
         _write_units(writer, seen, say, interrupted)
     except InputError as error:
@@ -234,7 +225,9 @@ def _tokens(model: Model, c: Calibration, purpose: str) -> text.Tokens:
         raise InputError(f"--length={c.length}: at least 2 tokens are needed to judge the next one")
     longest = model.config.get("max_position_embeddings")
     if longest and c.length > longest:
-        raise InputError(f"--length={c.length}: the model has {longest} positions (max_position_embeddings); lower it")
+        raise InputError(
+            f"--length={c.length}: the model has {longest} positions (max_position_embeddings); lower it"
+        )
     return text.tokens(
         c.text,
         model.checkpoint.folder,
@@ -252,11 +245,11 @@ def fingerprint(files: Checkpoint | None, todo: Plan, seen: text.Tokens | None) 
     packages = ("jax", "numpy", "ml_dtypes", "tokenizers")
     return {
         "source": source_facts(files),
-        "recipe": resolved(dataclasses.replace(recipe, menu=None)) if recipe else None,
+        "recipe": resolved(dataclasses.replace(recipe, menu=None)),
         "format": todo.dialect.DIALECT,
         "target": todo.target,
         "data": {"origin": seen.origin, "sha256": seen.digest} if seen else None,
-        "seed": recipe.calibration.seed if recipe else None,
+        "seed": recipe.calibration.seed,
         "versions": {"mojax": mojax.__version__} | {p: importlib.metadata.version(p) for p in packages},
     }
 

@@ -12,16 +12,35 @@ def table(plan: Plan, *, every: bool = False) -> str:
     lines: dict[tuple[str, ...], list[int]] = {}
     for r in plan.rows:
         name = r.name if every or not r.block else _star(r)
-        how = label(r.scheme) if r.scheme else f"kept: {r.reason}" if r.role != "norm" or r.reason != "norm" else "kept"
+        how = (
+            label(r.scheme)
+            if r.scheme
+            else f"kept: {r.reason}"
+            if r.role != "norm" or r.reason != "norm"
+            else "kept"
+        )
         shape = "x".join(map(str, r.shape))
         shared = r.shared.split(".", 3)[-1] if r.shared and r.shared != r.name else ""
         totals = lines.setdefault((name, r.role, shape, r.dtype.name, how, shared), [0, 0, 0])
         for i, value in enumerate((1, r.before, r.after)):
             totals[i] += value
-    head = ("tensor", "role", "shape", "dtype", "becomes", "shares its scale with", "count", "before", "after")
+    head = (
+        "tensor",
+        "role",
+        "shape",
+        "dtype",
+        "becomes",
+        "shares its scale with",
+        "count",
+        "before",
+        "after",
+    )
     body = [(*key, str(n), _size(b), _size(a)) for key, (n, b, a) in lines.items()]
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body])
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *body]
+    )
 
 
 def _star(row: Row) -> str:
@@ -42,12 +61,14 @@ def totals(plan: Plan) -> str:
     tokens = c.sequences * c.length if plan.needs else 0
     data = f"{c.sequences} x {c.length} tokens of {c.text} text" if plan.needs else "no data needed"
     quantized = plan.bits_per_quantized_weight
-    return "\n".join([
-        f"\nrecipe {plan.recipe.name}, format {plan.dialect.DIALECT}, target {plan.target}; {data}",
-        f"disk {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; "
-        f"{plan.bits_per_weight:.2f} bits per weight, {quantized or 0:.2f} of those quantized",
-        f"memory, about: {_size(plan.memory(tokens))} and what JAX itself needs (0.3 GB on a CPU)",
-    ])
+    return "\n".join(
+        [
+            f"\nrecipe {plan.recipe.name}, format {plan.dialect.DIALECT}, target {plan.target}; {data}",
+            f"disk {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; "
+            f"{plan.bits_per_weight:.2f} bits per weight, {quantized or 0:.2f} of those quantized",
+            f"memory, about: {_size(plan.memory(tokens))} and what JAX itself needs (0.3 GB on a CPU)",
+        ]
+    )
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

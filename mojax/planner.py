@@ -1,13 +1,12 @@
-"""The plan: one row per tensor of the source, and every problem that headers can show, before a weight is read."""
+"""The plan: one row per tensor of the source, and every problem that headers can show."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, Scheme
 from mojax.model import Model
 from mojax.models.layers import Block
-from mojax.recipe import Recipe, Rule, load_recipe, menu_rows
-from mojax.transforms.base import Context, Transform, chain
+from mojax.recipe import Recipe, choose, load_recipe, menu_rows
+from mojax.resolve import decide, resolve_format, resolve_steps
+from mojax.transforms.base import Context, Transform
 
 TARGETS = ("vllm", "sglang", "trtllm", "transformers")
 FUSING = ("vllm", "sglang", "trtllm")  # servers that load q/k/v and gate/up as one matrix
@@ -59,7 +59,7 @@ class Plan:
     """A recipe resolved for one model, one dialect and one target."""
 
     rows: tuple[Row, ...]
-    recipe: Recipe | None  # None: converted, nothing was decided
+    recipe: Recipe
     dialect: ModuleType
     target: str
     step: Transform
@@ -149,7 +149,9 @@ def plan(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     dialect = find.find("converters", format)
     if not dialect.WRITES:
-        raise InputError(f"--format={format}: this dialect is read, not written; write compressed-tensors or modelopt")
+        raise InputError(
+            f"--format={format}: this dialect is read, not written; write compressed-tensors or modelopt"
+        )
     if target not in TARGETS:
         raise InputError(f"--target={target}: unknown target{nearest(target, TARGETS)}")
     if model.schemes:
@@ -165,38 +167,6 @@ def label(scheme: Scheme) -> str:
     return f"{scheme.weights.label}, inputs {scheme.inputs.label if scheme.inputs else 'as they are'}"
 
 
-def resolve_format(spec: Mapping[str, Any], where: str, arithmetic: str) -> Format:
-    """The Format of `{format: name, **options}`.
-
-    Raises:
-      InputError: unknown format, unknown option (with the nearest), or a value that the format refuses.
-    """
-    options = {k: v for k, v in spec.items() if k != "format"}
-    kind = find.find("formats", str(spec["format"])).FORMAT
-    known = [f.name for f in dataclasses.fields(kind) if not f.kw_only]
-    for key in options:
-        if key not in known:
-            raise InputError(f"{where}: {spec['format']} has no option {key!r}{nearest(key, known)}")
-    return kind(**options, arithmetic=arithmetic)
-
-
-def resolve_steps(recipe: Recipe) -> Transform:
-    """The steps of a recipe as one transform.
-
-    Raises:
-      InputError: an unknown step or option.
-    """
-    steps = []
-    for name, options in recipe.steps:
-        make = getattr(find.find("transforms", name), name)
-        known = make.__kwdefaults__ or {}
-        for key in options:
-            if key not in known:
-                raise InputError(f"steps: {name} has no option {key!r}{nearest(key, known)}")
-        steps.append(make(**options))
-    return chain(*steps)
-
-
 class _Planner:
     """The steps of `plan`, sharing what they found."""
 
@@ -205,7 +175,7 @@ class _Planner:
         assert model.checkpoint is not None
         self.files = model.checkpoint
         self.problems: list[str] = []
-        self.matched: set[int] = set()
+        self.keep: tuple[str, ...] = getattr(model.family, "KEEP", ())
         self.sites, self.roles = self._trace()
 
     def plan(self) -> Plan:
@@ -221,10 +191,14 @@ class _Planner:
         self._unmatched()
         self._data(rows, step, cache)
         if not any(r.scheme for r in rows) and not self.problems:
-            self.problems.append("nothing would be quantized: every tensor is kept; see `mojax plan` without --keep")
+            self.problems.append(
+                "nothing would be quantized: every tensor is kept; see `mojax plan` without --keep"
+            )
         for name in OUTPUTS:
             if (self.files.folder / name).exists():
-                self.problems.append(f"{name}: the source has a file of this name, which the output writes; remove it")
+                self.problems.append(
+                    f"{name}: the source has a file of this name, which the output writes; remove it"
+                )
         if self.problems:
             raise PlanError(list(dict.fromkeys(self.problems)))
         count = sum(int(np.prod(r.shape)) for r in rows)
@@ -289,7 +263,10 @@ class _Planner:
         if refusal := self.dialect.check(scheme, self.target):
             return refusal
         if indivisible := scheme.weights.check(shape):
-            return f"{name}: {indivisible} ({scheme.weights.label}); add --keep={name}, or use a format that divides it"
+            return (
+                f"{name}: {indivisible} ({scheme.weights.label}); add --keep={name}, or use "
+                "a format that divides it"
+            )
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
             return f"{name}: is {dtype.name}, only float tensors can be quantized; add --keep={name}"
         if scheme.inputs is not None and scheme.inputs.static and self.roles.get(name) != "linear":
@@ -304,39 +281,18 @@ class _Planner:
         return None
 
     def _scheme(self, name: str, role: str) -> tuple[Scheme | None, str]:
-        """The formats of a tensor, or why it is kept."""
-        weights: Mapping[str, Any] | str | None = None
-        inputs: Mapping[str, Any] | str | None = None
-        by: Rule | None = None
-        for i, rule in enumerate(self.recipe.rules):
-            if not fnmatch.fnmatchcase(name, rule.match):
-                continue
-            self.matched.add(i)
-            weights = rule.weights if rule.weights is not None else weights
-            inputs = rule.inputs if rule.inputs is not None else inputs
-            by = rule if rule.weights is not None else by
-        if role not in ("linear", "head") or weights is None:
-            return None, {"linear": "no rule", "head": "no rule"}.get(role, role)
-        assert by is not None
-        asked = not by.shipped and by.match == name  # by its full name: then even a head
-        if weights == "keep":
-            return None, "kept by the recipe" if by.shipped else f"kept: {by.match}"
-        declared = getattr(self.model.family, "KEEP", ())
-        if not asked and (role == "head" or any(fnmatch.fnmatchcase(name, k) for k in declared)):
-            return None, "head: servers want it in full precision" if role == "head" else "kept by the family"
-        if role == "head" and asked and "lm_head.weight" not in self.files:
-            self.problems.append(f"{name}: is the tied head and the embedding at once, it cannot be encoded; remove the rule")
-            return None, "tied"
-        arithmetic = self.dialect.ARITHMETIC
+        """The formats of a tensor, or why it is kept; trouble becomes a problem."""
         try:
-            w = resolve_format(dict(weights), f"rules: {by.match}: weights", arithmetic)
-            i = None if inputs in (None, "none") else resolve_format(dict(inputs), f"rules: {by.match}: inputs", arithmetic)
+            scheme, reason = decide(self.recipe, name, role, self.keep, self.dialect.ARITHMETIC)
         except InputError as error:
             self.problems.append(str(error))
             return None, "unresolved"
-        if role == "head" and i is not None and i.static:
-            self.problems.append(f"{name}: a static scale for the head's input is not calibrated; give it `inputs: none`")
-        return Scheme(w, i), ""
+        if scheme is not None and role == "head" and name != "lm_head.weight":
+            self.problems.append(
+                f"{name}: is the embedding and the tied head at once; remove the rule that names it"
+            )
+            return None, "tied"
+        return scheme, reason
 
     def _share(self, rows: list[Row]) -> list[Row]:
         """Give the tensors that a server fuses one id, and check that they can share."""
@@ -350,7 +306,9 @@ class _Planner:
                 schemes = {r.scheme for r in members}
                 if len(schemes) > 1 and fusing:
                     said = ", ".join(f"{r.name} {label(r.scheme) if r.scheme else 'kept'}" for r in members)
-                    self.problems.append(f"{self.target} fuses these into one matrix, give them one format: {said}")
+                    self.problems.append(
+                        f"{self.target} fuses these into one matrix, give them one format: {said}"
+                    )
                 elif members and members[0].scheme and self._shares(members[0]):
                     for r in members:
                         out[r.name] = dataclasses.replace(r, shared=members[0].name)
@@ -359,25 +317,24 @@ class _Planner:
         return [out[r.name] for r in rows]
 
     def _shares(self, row: Row) -> bool:
+        """Whether fused weights share the outer scale: where the format says so, or the recipe asks."""
         assert row.scheme is not None
-        asked = False
-        for rule in self.recipe.rules:
-            if fnmatch.fnmatchcase(row.name, rule.match) and rule.share_scale is not None:
-                asked = rule.share_scale
-        return row.scheme.weights.fused or (asked and row.scheme.weights.static)
+        weights = row.scheme.weights
+        return weights.fused or (weights.static and bool(choose(self.recipe, row.name).share_scale))
 
     def _share_generic(self, rows: list[Row]) -> dict[str, Row]:
-        """Without a trace: siblings of one parent with one input width share, a superset of what servers fuse."""
+        """Without a trace: siblings with one input width share, a superset of what servers fuse."""
         groups: dict[tuple[str, int], list[Row]] = {}
         for r in rows:
             if r.scheme is not None and r.scheme.weights.fused:
                 groups.setdefault((r.name.rsplit(".", 2)[0], r.shape[-1]), []).append(r)
-        return {r.name: dataclasses.replace(r, shared=g[0].name) for g in groups.values() if len(g) > 1 for r in g}
+        return {
+            r.name: dataclasses.replace(r, shared=g[0].name) for g in groups.values() if len(g) > 1 for r in g
+        }
 
     def _cache(self) -> Format | None:
-        names = {rule.kv_cache for rule in self.recipe.rules if rule.kv_cache is not None}
         asked = [rule.kv_cache for rule in self.recipe.rules if rule.kv_cache is not None]
-        if not names or asked[-1] == "none":
+        if not asked or asked[-1] == "none":
             return None
         if asked[-1] != "fp8":
             self.problems.append(f"kv_cache: {asked[-1]} is not a cache format here; known: fp8, none")
@@ -388,14 +345,21 @@ class _Planner:
         static = any(r.scheme and r.scheme.inputs and r.scheme.inputs.static for r in rows)
         if self.model.family is None and (static or step.needs or cache):
             self.problems.append(
-                f"{self.recipe.name} needs calibration, and model_type {self.model.config.get('model_type')!r} has no "
+                f"{self.recipe.name} needs calibration, and model_type "
+                f"{self.model.config.get('model_type')!r} has no "
                 f"forward function here; use a recipe that needs no data: {', '.join(data_free())}"
             )
 
     def _unmatched(self) -> None:
-        for i, rule in enumerate(self.recipe.rules):
-            if i not in self.matched and not rule.shipped and not rule.optional:
-                self.problems.append(f"{rule.match}: this rule matches no tensor{nearest(rule.match, self.files)}")
+        for rule in self.recipe.rules:
+            if (
+                not rule.shipped
+                and not rule.optional
+                and not any(fnmatchcase(n, rule.match) for n in self.files)
+            ):
+                self.problems.append(
+                    f"{rule.match}: this rule matches no tensor{nearest(rule.match, self.files)}"
+                )
 
 
 def data_free() -> list[str]:

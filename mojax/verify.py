@@ -50,7 +50,8 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
 
     Args:
       folder: the checkpoint.
-      reference: its source; then kept tensors and side files must be the same bytes, and decoded weights near.
+      reference: its source; then kept tensors and side files must be the same bytes, and decoded
+        weights near.
       plan: what was meant; then the formats and the set of tensors must be the plan's.
     Raises:
       InputError: not a readable or not a quantized checkpoint.
@@ -92,7 +93,9 @@ class _Check:
         self.broken = False  # a tensor is missing or misshapen: its weight cannot be decoded
         if plan is not None and set(plan.schemes) != set(out.schemes):
             odd = sorted(set(plan.schemes) ^ set(out.schemes))
-            self.differences.append(f"config.json and the plan disagree on what is encoded: {', '.join(odd[:10])}")
+            self.differences.append(
+                f"config.json and the plan disagree on what is encoded: {', '.join(odd[:10])}"
+            )
         for module, scheme in (plan.schemes if plan is not None else {}).items():
             found = out.schemes.get(module, scheme)
             if [dialects.plain(f) for f in found] != [dialects.plain(f) for f in scheme]:
@@ -110,10 +113,12 @@ class _Check:
             else:
                 with open(file, "rb") as f:
                     if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                        self.differences.append(f"{name}: was changed after it was written (SHA-256 in mojax.json)")
+                        self.differences.append(
+                            f"{name}: was changed after it was written (SHA-256 in mojax.json)"
+                        )
 
     def layout(self) -> None:
-        """Every tensor of an encoded module is there with the dtype and shape of its dialect; scales are sane."""
+        """Every tensor of an encoded module is there, as its dialect has it; scales are sane."""
         for module, scheme in self.out.schemes.items():
             try:
                 q = self.out.params[module + ".weight"]
@@ -128,14 +133,20 @@ class _Check:
                     continue
                 dtype, shape = self.files_out.spec(name)
                 if tuple(shape) != tuple(spec.shape):
-                    self.differences.append(f"{name}: shape is {list(shape)}, {scheme.weights.label} needs {list(spec.shape)}")
+                    self.differences.append(
+                        f"{name}: shape is {list(shape)}, {scheme.weights.label} needs {list(spec.shape)}"
+                    )
                 elif np.dtype(dtype).itemsize != np.dtype(spec.dtype).itemsize and not name.endswith("scale"):
-                    self.differences.append(f"{name}: dtype is {np.dtype(dtype).name}, needs {np.dtype(spec.dtype).name}")
+                    self.differences.append(
+                        f"{name}: dtype is {np.dtype(dtype).name}, needs {np.dtype(spec.dtype).name}"
+                    )
             self._scales(module, q)
         for block in self.out.blocks if self.out.cache is not None else ():
             for name in self.dialect.cache_names(f"{block.prefix}self_attn"):
                 if name not in self.files_out:
-                    self.differences.append(f"{name}: missing; config.json says that the key/value cache is quantized")
+                    self.differences.append(
+                        f"{name}: missing; config.json says that the key/value cache is quantized"
+                    )
 
     def _layout(self, module: str) -> Mapping[str, jax.ShapeDtypeStruct]:
         if not self.dialect.WRITES:
@@ -145,11 +156,15 @@ class _Check:
 
     def _scales(self, module: str, q: QTensor) -> None:
         for level, scale in q.scales.items():
-            if scale.dtype == np.uint8 or level == "zero":  # an E8M0 exponent or a zero point: every value counts
+            if (
+                scale.dtype == np.uint8 or level == "zero"
+            ):  # an E8M0 exponent or a zero point: every value counts
                 continue
             values = np.asarray(scale).astype(np.float32)
             if not np.all(np.isfinite(values)) or np.any(values < 0):
-                self.differences.append(f"{module}: the {level} scale holds NaN, infinity or a negative value")
+                self.differences.append(
+                    f"{module}: the {level} scale holds NaN, infinity or a negative value"
+                )
 
     def ignored(self) -> None:
         """Every linear is encoded or in the ignore list; a tied head has no tensor but must be there too."""
@@ -161,10 +176,17 @@ class _Check:
         parsed = self.dialect.parse(dict(self.out.config), model.extra(self.files_out.folder), linears)
         for module in linears:
             has = module + ".weight" in self.files_out and not _narrow(self.files_out, module + ".weight")
-            if module in parsed.schemes and (has or (module == "lm_head" and "lm_head.weight" not in self.files_out
-                                                     and "lm_head.weight_packed" not in self.files_out)):
+            if module in parsed.schemes and (
+                has
+                or (
+                    module == "lm_head"
+                    and "lm_head.weight" not in self.files_out
+                    and "lm_head.weight_packed" not in self.files_out
+                )
+            ):
                 self.differences.append(
-                    f"{module}: is in full precision, but the config's ignore list lacks it; servers would read it as encoded"
+                    f"{module}: is in full precision, but the config's ignore list lacks it; "
+                    "servers would read it as encoded"
                 )
 
     def fused(self) -> None:
@@ -176,7 +198,9 @@ class _Check:
                 continue
             said = ", ".join(f"{n} {v:.6g}" for n, v in outer.items())
             if next(iter(tensors.values())).format.fused:
-                self.differences.append(f"a server fuses these and reads one outer scale for all, they differ: {said}")
+                self.differences.append(
+                    f"a server fuses these and reads one outer scale for all, they differ: {said}"
+                )
             else:
                 self.notes.append(
                     f"per-tensor scales differ in a fused group ({said}); vLLM requantizes to the largest, "
@@ -184,7 +208,7 @@ class _Check:
                 )
 
     def kept(self) -> None:
-        """Every tensor of the source that was not encoded is there, byte for byte, unless the plan rewrote it."""
+        """What was not encoded is there, byte for byte, unless the plan rewrote it."""
         assert self.source is not None and self.source.checkpoint is not None
         files = self.source.checkpoint
         rewritten = set(self.rewritten())
@@ -201,7 +225,11 @@ class _Check:
         endings = (*self.dialect.SUFFIXES, ".weight")
         for name in self.files_out:
             module = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
-            if name not in known and module not in self.out.schemes and not name.endswith((".k_scale", ".v_scale")):
+            if (
+                name not in known
+                and module not in self.out.schemes
+                and not name.endswith((".k_scale", ".v_scale"))
+            ):
                 self.differences.append(f"{name}: is neither in the source nor part of an encoded tensor")
 
     def rewritten(self) -> Iterator[str]:
@@ -220,7 +248,9 @@ class _Check:
         for path in checkpoint.side_files(folder):
             copy = self.files_out.folder / path.relative_to(folder)
             if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
-                self.differences.append(f"{path.relative_to(folder)}: differs from the source's, or is missing")
+                self.differences.append(
+                    f"{path.relative_to(folder)}: differs from the source's, or is missing"
+                )
 
     def errors(self) -> dict[str, float]:
         """Relative error of every encoded weight against the source."""

@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 
 
 def units(plan: Plan, model: Model, max_shard_size: int = 5 * 10**9) -> tuple[Unit, ...]:
-    """The files of the output, their numbers fixed by the plan: first what is outside the blocks, then each block."""
+    """The files of the output, numbered by the plan: what is outside the blocks, then each block."""
     groups = [(p, [r for r in plan.rows if r.block == p]) for p in ("", *(b.prefix for b in model.blocks))]
     pieces: list[tuple[str, list[list[Row]]]] = []
     for prefix, rows in groups:
@@ -60,7 +60,9 @@ class Writer:
         what differs); too little disk.
     """
 
-    def __init__(self, out: Path, plan: Plan, model: Model, facts: Mapping[str, Any], max_shard_size: int = 5 * 10**9):
+    def __init__(
+        self, out: Path, plan: Plan, model: Model, facts: Mapping[str, Any], max_shard_size: int = 5 * 10**9
+    ):
         self.out, self.plan, self.model = out, plan, model
         self.partial = out.with_name(out.name + ".partial")
         self.units = units(plan, model, max_shard_size)
@@ -85,11 +87,11 @@ class Writer:
         shutil.rmtree(self.partial)
 
     def done(self, unit: Unit) -> bool:
-        """Whether an interrupted run has finished this unit: its files are renamed into place when complete."""
+        """Whether a run has finished this unit: files are renamed into place when complete."""
         return all((self.partial / name).exists() for name, _ in unit.files)
 
     def write(self, unit: Unit, params: Mapping[str, Any]) -> None:
-        """Write one unit from its leaves; encoded ones in the plan's dialect, the others as their bytes are."""
+        """Write one unit: encoded leaves in the plan's dialect, the others as their bytes are."""
         for i, (name, rows) in enumerate(unit.files):
             tensors: dict[str, np.ndarray] = {}
             for row in rows:
@@ -99,7 +101,7 @@ class Writer:
             checkpoint.write_shard(self.partial / name, tensors)
 
     def write_all(self) -> None:
-        """Every unit of a model whose weights are encoded already; nothing is left where one cannot be written."""
+        """Every unit of a model that is encoded already; nothing is left where one cannot be written."""
         try:
             for unit in self.units:
                 self.write(unit, unit_params(self.model, unit))
@@ -173,7 +175,9 @@ def ignored(plan: Plan, model: Model) -> list[str]:
     if model.family is not None and "lm_head.weight" not in {r.name for r in plan.rows}:
         names.append("lm_head")
     embeddings = [r.name.removesuffix(".weight") for r in kept if r.role == "embedding"]
-    return [n for n in dict.fromkeys(names) if n not in embeddings] + embeddings * plan.dialect.LISTS_EMBEDDINGS
+    return [
+        n for n in dict.fromkeys(names) if n not in embeddings
+    ] + embeddings * plan.dialect.LISTS_EMBEDDINGS
 
 
 def refuse(out: Path) -> None:
@@ -183,7 +187,7 @@ def refuse(out: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output, by name; not of those that are written after it or may be edited."""
+    """SHA-256 of an output's files, by name; not of those written after it or made to be edited."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -195,7 +199,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 def _outside(out: Path, source: Path) -> None:
     if out.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{out}: lies in the source {source}, which is never written to; choose another --out")
+        raise InputError(
+            f"{out}: lies in the source {source}, which is never written to; choose another --out"
+        )
 
 
 def _same(partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoint | None) -> None:
@@ -211,7 +217,8 @@ def _same(partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoin
         differing = [f"{file.name} (changed since)" for file in sorted(changed)]
     if differing:
         raise InputError(
-            f"{partial}: was begun with another {', '.join(differing)}; run the same command as then to go on, "
+            f"{partial}: was begun with another {', '.join(differing)}; run the same command as "
+            "then to go on, "
             "choose another --out, or remove it to begin again"
         )
 

@@ -23,9 +23,11 @@ from mojax.recipe import adjusted, load_recipe
 TINY = Path(model.__file__).parent / "data" / "tiny"
 SMALL = ["--sequences=2", "--length=32"]
 FLAGS = {  # INTERFACES
-    "quantize": "model recipe out format target calibration text sequences length seed keep kl_limit noevaluate "
+    "quantize": "model recipe out format target calibration text sequences length seed keep "
+    "kl_limit noevaluate "
     "max_shard_size revision trust_remote_code generic",
-    "plan": "model recipe format target calibration text sequences length seed keep revision trust_remote_code generic json",
+    "plan": "model recipe format target calibration text sequences length seed keep revision "
+    "trust_remote_code generic json",
     "evaluate": "model reference text sequences length seed json report",
     "verify": "model reference json",
     "inspect": "model json",

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import mojax
-from mojax import cli, evaluation, recipe, verify
+from mojax import cli, recipe, verify
 from mojax.checkpoint import write_shard
 from mojax.find import find, names
 from mojax.formats import int8
 from mojax.formats.base import Scheme
-from mojax.planner import plan, resolve_format
+from mojax.planner import plan
+from mojax.resolve import resolve_format
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -162,6 +163,22 @@ def test_a_command_says_what_is_pasted(command, said, capsys, tmp_path, monkeypa
 # ---------------------------------------------------------------- ARCHITECTURE.md
 
 
+def test_every_file_that_is_named_exists():
+    prose = re.sub(r"^```(python|yaml)\n.*?^```$", "", ARCHITECTURE, flags=re.M | re.S)
+    folders = ("mojax", "tests", *rooms_at_the_top())
+    there = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert set(re.findall(r"\b\w+\.py\b", prose)) <= there
+
+
+def rooms_at_the_top():
+    return [path.name for path in (ROOT / "mojax").iterdir() if path.is_symlink()]
+
+
+def test_every_room_is_named():
+    for room in [*rooms_at_the_top(), "formats", "models"]:
+        assert f"{room}/` |" in ARCHITECTURE
+
+
 @pytest.fixture
 def rooms(tmp_path, monkeypatch):
     """Each example of ARCHITECTURE.md, as a file of its room; gives the path of the one that is YAML."""
@@ -212,19 +229,17 @@ def test_the_algorithm_runs_as_a_step_of_the_recipe(rooms):
 
 
 def test_the_family_loads_a_checkpoint(rooms):
-    def load(window):
-        folder = rooms / f"window-{window}"
-        shutil.copytree(TINY, folder)
-        config = json.loads((TINY / "config.json").read_text())
-        config |= {"model_type": "windowed", "attention_window": window}
-        (folder / "config.json").write_text(json.dumps(config))
-        return mojax.load(folder)
-
-    tiny = mojax.load("tiny")
-    wide, narrow = load(32), load(4)
-    assert evaluation.evaluate(wide, tiny, TOKENS).kl_mean < 1e-6
-    assert evaluation.evaluate(narrow, tiny, TOKENS).kl_mean > 1e-3
-    assert len(plan(narrow, "nvfp4").schemes) == 28
+    """The built-in model under another name; the biases that this family has by default are missed."""
+    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "seed_oss"}
+    folder = rooms / "checkpoint"
+    shutil.copytree(TINY, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
+    model, tiny = mojax.load(folder), mojax.load("tiny")
+    np.testing.assert_array_equal(model(TOKENS), tiny(TOKENS))
+    assert len(plan(model, "nvfp4").schemes) == 28
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    with pytest.raises(mojax.PlanError, match=r"q_proj\.bias: config\.json implies this tensor \[256\]"):
+        mojax.load(folder)
 
 
 def test_the_dialect_opens_a_checkpoint(rooms):
@@ -245,6 +260,8 @@ def test_the_dialect_opens_a_checkpoint(rooms):
     config = dict(source.config) | {"quantization_config": {"quant_method": "rows8"}}
     (folder / "config.json").write_text(json.dumps(config))
     found = mojax.load(folder)
+    some = next(iter(found.schemes.values()))
+    assert "read, not written" in find("converters", "rows8").check(some, "vllm")
     assert len(found.schemes) == 28
     name = "model.layers.3.mlp.down_proj.weight"
     q = found.params[name]

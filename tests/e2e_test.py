@@ -1,4 +1,4 @@
-"""The whole path on small models: every shipped recipe in both dialects, from checkpoint to verified checkpoint."""
+"""The whole path on small models: every shipped recipe in both dialects."""
 
 import hashlib
 import json
@@ -459,7 +459,9 @@ def test_half_of_a_fused_group_is_a_plan_problem(qwen):
 def test_head_by_its_full_name(qwen, tmp_path):
     mine = write_recipe(
         tmp_path,
-        "extends: fp8_dynamic\nrules: [{match: lm_head.weight, weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n",
+        "extends: fp8_dynamic\nrules: "
+        "[{match: lm_head.weight, weights: {format: fp8, per: channel}, "
+        "inputs: {format: fp8, per: token}}]\n",
     )
     report = optimize(qwen, small(mine), tmp_path / "out")
     assert "lm_head" in mojax.load(tmp_path / "out").schemes and "lm_head" not in ignore_of(tmp_path / "out")
@@ -469,7 +471,8 @@ def test_head_by_its_full_name(qwen, tmp_path):
 def test_mixed_formats(qwen, tmp_path):
     mine = write_recipe(
         tmp_path,
-        "extends: nvfp4\nrules: [{match: '*.mlp.*', weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n",
+        "extends: nvfp4\nrules: "
+        "[{match: '*.mlp.*', weights: {format: fp8, per: channel}, inputs: {format: fp8, per: token}}]\n",
     )
     optimize(qwen, small(mine), tmp_path / "out")
     made = check_output(qwen, tmp_path / "out", mojax.plan(mojax.load(qwen), small(mine)))

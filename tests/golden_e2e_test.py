@@ -1,4 +1,4 @@
-"""The whole job on the golden model: every tensor against what each peer wrote for the same weights and tokens."""
+"""The whole job on the golden model: every tensor against what each peer wrote."""
 
 import hashlib
 import json
@@ -60,8 +60,8 @@ def test_every_tensor_is_the_peers(recipe, dialect, folder, tokens, tmp_path):
     theirs = json.loads((GOLDEN / folder / "manifest.json").read_text())["tensors"]
     assert set(ours) == set(theirs)
     differing = [n for n in ours if hashlib.sha256(ours[n].tobytes()).hexdigest() != theirs[n]["sha256"]]
-    # The forward is ours: a maximum may differ by bfloat16 noise (ModelOpt's own differs so between two kernels
-    # of torch's attention); llm-compressor's usually come out the same to the bit.
+    # The forward is ours: a maximum may differ by bfloat16 noise (ModelOpt's own differs so between two
+    # kernels of torch's attention); llm-compressor's usually come out the same to the bit.
     for name in differing:
         assert name.endswith((".input_scale", ".input_global_scale")), name
         found = float(ours[name].astype(np.float32).reshape(()))

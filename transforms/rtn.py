@@ -1,7 +1,7 @@
 """Round to nearest: every weight to its format, scales from the largest magnitudes.
 
-Static input scales are the largest magnitude that calibration saw. Weights that a server fuses share the outer
-scale, taken over all of them before anything is encoded.
+Static input scales are the largest magnitude that calibration saw. Weights that a server fuses share the
+outer scale, taken over all of them before anything is encoded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def encode(format: Format, w: Any, outer: Any, rows: int) -> QTensor:
     if len(parts) == 1:
         return parts[0]
     scales = {
-        level: parts[0].scales[level] if level == "outer" else np.concatenate([p.scales[level] for p in parts])
+        level: parts[0].scales[level]
+        if level == "outer"
+        else np.concatenate([p.scales[level] for p in parts])
         for level in parts[0].scales
     }
     return QTensor(np.concatenate([p.codes for p in parts]), scales, format, tuple(w.shape), parts[0].dtype)
@@ -54,7 +56,9 @@ def rtn() -> Transform:
 
 
 def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Context) -> Params:
-    shared = [group for group in context.shared if all(n.removesuffix(".weight") in context.schemes for n in group)]
+    shared = [
+        group for group in context.shared if all(n.removesuffix(".weight") in context.schemes for n in group)
+    ]
     grouped = {name for group in shared for name in group}
     alone = [(m + ".weight",) for m in context.schemes if m + ".weight" not in grouped]
     changed: dict[str, Any] = {}
@@ -79,7 +83,7 @@ def _encode_group(params: Params, group: tuple[str, ...], context: Context, rows
             )
     outer = None
     if format.static:
-        outer = format.outer(max(amax.values()), np.dtype(params[group[0]].dtype))
+        outer = format.outer(np.asarray(max(amax.values())), np.dtype(params[group[0]].dtype))
     return {name: encode(format, params[name], outer, rows) for name in group}
 
 
@@ -94,7 +98,8 @@ def static_maximum(name: str, stats: Mapping[str, Mapping[str, Any]]) -> np.floa
     amax = np.float32(np.max(np.asarray(stats[name]["absmax"])))
     if not np.isfinite(amax):
         raise InputError(
-            f"{name}: its inputs are not finite during calibration; the model overflows in its own dtype on this "
+            f"{name}: its inputs are not finite during calibration; the model overflows in its "
+            "own dtype on this "
             "text, check the checkpoint or the text"
         )
     return amax

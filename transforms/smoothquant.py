@@ -2,8 +2,8 @@
 
     s_j = max|X_j|^alpha / max|W_:,j|^(1 - alpha)        gain_j / s_j        W_:,j * s_j
 
-for every group of linears that read the same input and have a norm gain (or a linear) that can absorb 1 / s, as
-the trace found them. The function is unchanged before rounding.
+for every group of linears that read the same input and have a norm gain (or a linear) that can absorb 1 / s,
+as the trace found them. The function is unchanged before rounding.
 """
 
 from __future__ import annotations

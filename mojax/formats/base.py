@@ -60,8 +60,9 @@ jax.tree_util.register_dataclass(
 class Format:
     """A number format.
 
-    Subclasses set the class attributes, `check`, `fit_outer` where there is an outer scale, and the arithmetic: `fit` finds
-    scales, `round` finds codes under scales, `value` gives their meaning. The rest follows from these.
+    Subclasses set the class attributes, `check`, `fit_outer` where there is an outer scale, and the
+    arithmetic: `fit` finds scales, `round` codes under scales, `value` gives their meaning. The rest
+    follows from these.
     """
 
     arithmetic: Arithmetic = dataclasses.field(default="float32", kw_only=True)

@@ -1,7 +1,7 @@
 """Measure every shipped recipe on the built-in model: KL to the source, bits per weight, seconds.
 
-    python tests/bench/recipes.py            prints a table
-    python tests/bench/recipes.py --write    also writes the two figures of the menu into recipes/*.yaml
+python tests/bench/recipes.py            prints a table
+python tests/bench/recipes.py --write    also writes the two figures of the menu into recipes/*.yaml
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def write(name: str, facts: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="write the figures into recipes/*.yaml")
     parser.add_argument("names", nargs="*", help="recipes to measure (default: all)")
     args = parser.parse_args()
