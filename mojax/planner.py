@@ -260,7 +260,7 @@ class _Planner:
 
     def _trouble(self, name: str, dtype: np.dtype, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Why this tensor cannot be encoded, written or loaded so, or None."""
-        if refusal := self.dialect.check(scheme, self.target):
+        if refusal := self.dialect.check(scheme, self.target, dtype):
             return refusal
         if indivisible := scheme.weights.check(shape):
             return (

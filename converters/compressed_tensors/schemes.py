@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from mojax.converters.base import Parsed, as_read, label, plain, refusal, section
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nvfp4
@@ -87,8 +90,18 @@ INPUTS: dict[Format, dict[str, Any]] = {
 CACHE = fp8.FORMAT(per="tensor")
 
 
-def check(scheme: Scheme, target: str) -> str | None:
-    """Why `target` (vllm, sglang, trtllm, transformers) cannot load this scheme in this dialect, or None."""
+def check(scheme: Scheme, target: str, dtype: Any = None) -> str | None:
+    """Why `target` (vllm, sglang, trtllm, transformers) cannot load this scheme in this dialect, or None.
+
+    Args:
+      dtype: of the checkpoint, where it is known.
+    """
+    narrow = scheme.weights.name in ("nvfp4", "mxfp4", "mxfp8")
+    if target == "transformers" and narrow and dtype is not None and dtype != ml_dtypes.bfloat16:
+        return (
+            f"transformers decodes {scheme.weights.name} to bfloat16 whatever the checkpoint is, and this one is "
+            f"{np.dtype(dtype).name}: its forward would fail; convert the source to bfloat16, or use int8 or int4"
+        )
     group = getattr(scheme.weights, "group", 128)
     if scheme.inputs and scheme.weights.name == "int4" and target == "vllm" and group != 128:
         return f"vllm runs int4 weights with fp8 inputs only for groups of 128, not {group}; use group: 128"

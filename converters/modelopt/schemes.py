@@ -11,6 +11,8 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mojax.converters.base import Parsed, as_read, label, plain, refusal, section
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, mxfp4, mxfp8, nvfp4
@@ -87,8 +89,17 @@ REASONS = {
 }
 
 
-def check(scheme: Scheme, target: str) -> str | None:
-    """Why `target` (vllm, sglang, trtllm, transformers) cannot load this scheme in this dialect, or None."""
+def check(scheme: Scheme, target: str, dtype: Any = None) -> str | None:
+    """Why `target` (vllm, sglang, trtllm, transformers) cannot load this scheme in this dialect, or None.
+
+    Args:
+      dtype: of the checkpoint, where it is known.
+    """
+    if target == "vllm" and scheme.weights.name == "mxfp8" and dtype is not None and dtype == np.float16:
+        return (
+            f"vllm loads mxfp8 in the {DIALECT} dialect only from bfloat16 checkpoints, and this one is float16; "
+            "use --format=compressed-tensors"
+        )
     if target == "transformers":
         return (
             f"transformers cannot load {label(scheme)} in the {DIALECT} dialect: it does not know it, and FP8"

@@ -725,3 +725,13 @@ def test_every_converter_has_what_the_others_have():
         reads = {"DIALECT", "ARITHMETIC", "WRITES", "METHODS", "SUFFIXES", "check", "parse", "read"}
         writes = {"config", "layout", "write", "write_cache", "read_cache", "cache_names", "LISTS_EMBEDDINGS"}
         assert reads | (writes if module.WRITES else set()) <= set(dir(module))
+
+
+def test_a_checkpoint_dtype_that_a_client_cannot_run_is_refused():
+    scheme = Scheme(ct(nvfp4), ct(nvfp4))
+    assert "bfloat16" in compressed_tensors.check(scheme, "transformers", np.dtype(np.float16))
+    assert compressed_tensors.check(scheme, "transformers", BF16) is None
+    assert compressed_tensors.check(scheme, "vllm", np.dtype(np.float16)) is None
+    scheme = Scheme(mo(mxfp8), mo(mxfp8))
+    assert "bfloat16" in modelopt.check(scheme, "vllm", np.dtype(np.float16))
+    assert modelopt.check(scheme, "vllm", BF16) is None
