@@ -99,8 +99,8 @@ def check(scheme: Scheme, target: str, dtype: Any = None) -> str | None:
     narrow = scheme.weights.name in ("nvfp4", "mxfp4", "mxfp8")
     if target == "transformers" and narrow and dtype is not None and dtype != ml_dtypes.bfloat16:
         return (
-            f"transformers decodes {scheme.weights.name} to bfloat16 whatever the checkpoint is, and this one is "
-            f"{np.dtype(dtype).name}: its forward would fail; convert the source to bfloat16, or use int8 or int4"
+            f"transformers decodes {scheme.weights.name} to bfloat16, and this checkpoint is "
+            f"{np.dtype(dtype).name}: its forward would fail; convert the source to bfloat16, or use int8"
         )
     group = getattr(scheme.weights, "group", 128)
     if scheme.inputs and scheme.weights.name == "int4" and target == "vllm" and group != 128:

@@ -97,7 +97,7 @@ def check(scheme: Scheme, target: str, dtype: Any = None) -> str | None:
     """
     if target == "vllm" and scheme.weights.name == "mxfp8" and dtype is not None and dtype == np.float16:
         return (
-            f"vllm loads mxfp8 in the {DIALECT} dialect only from bfloat16 checkpoints, and this one is float16; "
+            f"vllm loads mxfp8 in the {DIALECT} dialect only with bfloat16, and this checkpoint is float16; "
             "use --format=compressed-tensors"
         )
     if target == "transformers":
