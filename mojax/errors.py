@@ -25,7 +25,7 @@ class PlanError(InputError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'a' or 'b'?"`, or the known names when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
         return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "; known: " + ", ".join(known[:20]) if known else ""

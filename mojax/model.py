@@ -94,15 +94,14 @@ class Model:
             )
         return self.family
 
-    @property
+    @functools.cached_property
     def dtype(self) -> np.dtype:
         """The dtype of decoded weights and activations, from the tensors: config files are often wrong."""
         found = [e for e in self.checkpoint.entries.values() if wide(e)] if self.checkpoint else []
         if found:
             return max(found, key=lambda e: e.stop - e.start).dtype
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16").removeprefix(
-            "torch."
-        )
+        said = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        name = str(said).removeprefix("torch.")
         if name not in ("bfloat16", "float16", "float32"):
             raise InputError(f"config.json: dtype is {name!r}, needed bfloat16, float16 or float32")
         return jnp.dtype(name)
@@ -194,11 +193,6 @@ def head(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
 @jit(static_argnums=(0,))
 def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
     """One block on `x [batch, length, hidden]`; quantized inputs are simulated as a server rounds them."""
-    return simulate(program, params, x)
-
-
-def simulate(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
-    """`run_block` without its jit, for callers that have one of their own."""
 
     def block(params: Mapping[str, Any], x: Any) -> jax.Array:
         return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))

@@ -156,9 +156,7 @@ class _Check:
 
     def _scales(self, module: str, q: QTensor) -> None:
         for level, scale in q.scales.items():
-            if (
-                scale.dtype == np.uint8 or level == "zero"
-            ):  # an E8M0 exponent or a zero point: every value counts
+            if scale.dtype == np.uint8 or level == "zero":  # an exponent or a zero point: every value counts
                 continue
             values = np.asarray(scale).astype(np.float32)
             if not np.all(np.isfinite(values)) or np.any(values < 0):

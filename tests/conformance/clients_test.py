@@ -217,7 +217,7 @@ def test_sources_of_other_dtypes_decode_to_the_clients_weights(dtype, quantize, 
     for name in ("fp8", "int8", "int4", "nvfp4", "mxfp4"):
         out = tmp_path / name
         small = recipe.adjusted(recipe.load_recipe(name), sequences=4, length=16)
-        facts = {"calibration_text": str(calibration), "target": "transformers", "evaluate": False}
+        facts = {"calibration_text": str(calibration), "evaluate": False}
         mojax.optimize(tmp_path / "source", small, out, **facts)
         run_in = "bfloat16" if name in BFLOAT16_ONLY else dtype
         answer = ask(out, np.arange(8, dtype=np.int32)[None], dtype=run_in)
