@@ -72,7 +72,7 @@ def define(verb: str) -> Flags:
         text("text", "builtin", "evaluation text: builtin, or a txt, jsonl, parquet or npz file")
         number("sequences", "pieces of text (default: the recipe's)")
         number("length", "tokens of a piece (default: the recipe's)")
-        number("seed", "of the choice of pieces (default: the recipe's)")
+        number("seed", "of the choice of pieces; with 0 evaluation takes the first (default: the recipe's)")
     if verb in ("evaluate", "verify"):
         text("reference", None, "the source")
     if verb == "evaluate":
@@ -198,6 +198,7 @@ def _recipe(f: Flags) -> Any:
     return adjusted(
         recipe,
         keep=f.keep,
+        text=f.calibration,
         sequences=f.sequences,
         length=f.length,
         seed=f.seed,
@@ -219,7 +220,6 @@ def quantize(f: Flags, words: list[str]) -> int:
             out,
             format=f.format,
             target=f.target,
-            calibration_text=f.calibration,
             evaluation_text=f.text,
             revision=f.revision,
             generic=f.generic,
@@ -285,14 +285,20 @@ def serve(out: str, target: str) -> str:
 
 
 def plan(f: Flags, words: list[str]) -> int:
-    from mojax import plan_table, planner
+    from mojax import pipeline, plan_table, planner
 
-    made = planner.plan(_open(f), _recipe(f), format=f.format, target=f.target)
+    model = _open(f)
+    made = planner.plan(model, _recipe(f), format=f.format, target=f.target)
+    asked = None if f["text"].using_default_value else f.text
+    texts = pipeline.read_texts(model, made, asked)
     if f.json:
-        print(json.dumps(plan_table.as_dict(made), indent=2))
+        print(json.dumps(plan_table.as_dict(made) | texts, indent=2))
     else:
         print(plan_table.table(made))
         print(plan_table.totals(made))
+        for purpose, origin in texts.items():
+            if origin:
+                print(f"{purpose.replace('_', ' ')}: {origin}")
     return 0
 
 

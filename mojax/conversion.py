@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mojax import find, pipeline, verify
 from mojax.converters import base as dialects
 from mojax.errors import InputError, PlanError
+from mojax.formats.base import QTensor
 from mojax.model import INPUT, Model, linears, load
 from mojax.planner import TARGETS, Plan, Row
 from mojax.recipe import Calibration, Recipe
@@ -37,6 +38,7 @@ def convert(
       InputError: the source is not quantized, or in that dialect already; `out` exists; a scale does not
         fit.
       PlanError: what the dialect cannot say.
+      VerifyError: what was written reads back as something else; `<out>.partial` is left for a look.
     """
     model = load(source)
     files = model.checkpoint
@@ -59,6 +61,8 @@ def convert(
     if (files.folder / "README.md").exists():
         shutil.copyfile(files.folder / "README.md", writer.partial / "README.md")
     verify.verify(writer.partial, plan=plan)
+    if found := differences(model, load(writer.partial)):
+        raise verify.VerifyError(found)
     return Converted(writer.rename(), plan.target)
 
 
@@ -70,6 +74,7 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
     """
     problems, rows = [], []
     servers = list(TARGETS)
+    encodable = set(linears(model, model.params))
     for name in model.params:
         if name.endswith(INPUT):
             continue
@@ -81,11 +86,15 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
             servers = [server for server in servers if refusals[server] is None]
             if all(refusals.values()):
                 problems.append(refusals[TARGETS[0]])
-        block = next((b.prefix for b in model.blocks if name.startswith(b.prefix)), "")
-        role = role_of(model, name, scheme is not None)
-        rows.append(
-            Row(name, role, tuple(leaf.shape), np.dtype(leaf.dtype), block, scheme, "", size, size, "kept")
-        )
+        role = role_of(name, scheme is not None or name.removesuffix(".weight") in encodable)
+        facts = name, role, tuple(leaf.shape), np.dtype(leaf.dtype), model.prefix(name)
+        rows.append(Row(*facts, scheme, "", size, size, "kept"))
+    try:
+        target.config(model.schemes, (), model.cache)
+    except PlanError as error:
+        problems += error.problems
+    except InputError as error:
+        problems.append(str(error))
     if problems or not servers:
         raise PlanError(
             list(dict.fromkeys(problems)) or ["no server loads all the formats of this checkpoint together"]
@@ -95,8 +104,51 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
     return Plan(tuple(rows), recipe, target, servers[0], chain(), {}, model.cache, count)
 
 
-def role_of(model: Model, name: str, encoded: bool) -> str:
+def role_of(name: str, encodable: bool) -> str:
     """linear, or head, for what belongs in an ignore list; else other."""
-    if encoded or name.removesuffix(".weight") in linears(model, model.params):
+    if encodable:
         return "head" if name == "lm_head.weight" else "linear"
     return "embedding" if "embed" in name else "other"
+
+
+def differences(source: Model, out: Model) -> list[str]:
+    """What a conversion must not change, and did: one message per tensor."""
+    found = []
+    for name in source.params:
+        if name not in out.params:
+            found.append(f"{name}: is in the source, but was not written")
+            continue
+        a, b = source.params[name], out.params[name]
+        if isinstance(a, QTensor):
+            wrong = _levels(a, b)
+            same, what = not wrong, f"{', '.join(wrong)} of the encoded weight"
+        elif name.endswith(INPUT):
+            same, what = _near(a, b), "calibrated maximum"
+        else:
+            same, what = verify.same_bytes(a, b), "bytes"
+        if not same:
+            found.append(f"{name}: {what} read back as something else than the source's")
+    return found
+
+
+def _levels(a: QTensor, b: Any) -> list[str]:
+    """Which parts of two encodings differ; scales may rest in another dtype, an outer one as a reciprocal."""
+    if not isinstance(b, QTensor) or a.scales.keys() != b.scales.keys():
+        return ["kind"]
+    wrong = [] if verify.same_bytes(np.asarray(a.codes), np.asarray(b.codes)) else ["codes"]
+    for level in a.scales:
+        x, y = (np.asarray(q.scales[level]) for q in (a, b))
+        if level == "outer":
+            if a.format.name == "nvfp4":  # as divisors: a zero multiplier has no other reciprocal
+                x, y = (dialects.outer_as(v, q.format.arithmetic, "checkpoint") for v, q in ((x, a), (y, b)))
+            same = _near(x, y)
+        else:
+            same = np.array_equal(x.astype(np.float32), y.astype(np.float32))
+        wrong += [] if same else [f"{level} scale"]
+    return wrong
+
+
+def _near(a: Any, b: Any) -> bool:
+    """Whether two float32 numbers are the same, or neighbours."""
+    a, b = (np.asarray(v, np.float32).reshape(()) for v in (a, b))
+    return bool(np.abs(a - b) <= np.spacing(np.maximum(np.abs(a), np.abs(b))))

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import trace
+from mojax.checkpoint import read_json
 from mojax.compile import jit
 from mojax.formats.base import QTensor
 from mojax.formats.rows import common_rows, cut
 from mojax.model import Model
+from mojax.recipe import Recipe, choose, restored
 from mojax.threads import each
+from mojax.transforms.base import Context, placed
+from mojax.transforms.smoothquant import Fold, folds, rewrites
 
 
 def weight_errors(out: Model, source: Model) -> dict[str, float]:
@@ -24,33 +27,53 @@ def weight_errors(out: Model, source: Model) -> dict[str, float]:
     Scales that `out` folded from activations into weights (SmoothQuant) are undone first, so that only
     rounding is left.
     """
-    sites = {block.prefix: out.sites(block) for block in out.blocks}
+    moved = folded(out, source)
     found: dict[str, float] = {}
-    for prefix in ("", *sites):
-        names = [
-            m + ".weight"
-            for m in out.schemes
-            if _prefix(m, sites) == prefix and m + ".weight" in source.params
-        ]
-        if not names:
-            continue
-        n = len(prefix)
-        encoded = {name[n:]: out.params[name] for name in names}
-        weights: dict[str, Any] = {name[n:]: source.params[name] for name in names}
-        folded = [s for s in sites.get(prefix, ()) if s.producer]
-        gains = {s.producer for s in folded if s.producer and s.producer not in encoded}
-        before = {g: np.asarray(source.params[prefix + g], np.float32) for g in gains}
-        after = {g: np.asarray(out.params[prefix + g], np.float32) for g in gains}
-        if any(not np.array_equal(before[g], after[g], equal_nan=True) for g in gains):
-            weights = smoothed(weights, encoded, before, after, folded)
+    groups: dict[str, list[str]] = {}
+    for name in (module + ".weight" for module in out.schemes):
+        if name in source.params:
+            groups.setdefault(out.prefix(name), []).append(name)
+    for prefix, names in groups.items():
+        encoded = {name: out.params[name] for name in names}
+        weights: dict[str, Any] = {name: source.params[name] for name in names}
+        if prefix in moved:
+            weights = smoothed(weights, encoded, source.params, out.params, moved[prefix])
         rows = common_rows([q.shape for q in encoded.values()])
         errors = each(lambda name, e=encoded, w=weights, r=rows: relative_error(e[name], w[name], r), encoded)
-        found |= {prefix + name: error for name, error in zip(encoded, errors, strict=True)}
+        found |= dict(zip(encoded, errors, strict=True))
     return found
 
 
-def _prefix(module: str, prefixes: Mapping[str, Any]) -> str:
-    return next((p for p in prefixes if module.startswith(p)), "")
+def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:
+    """By prefix of a block, the scales that `out` folded (SmoothQuant).
+
+    An output of ours names its steps in mojax.json. In any other they may be wherever they can be, in the
+    blocks whose norm gains differ from the source's.
+    """
+    recipe = _recorded(out)
+    if recipe is not None and "smoothquant" not in {name for name, _ in recipe.steps}:
+        return {}
+    found: dict[str, tuple[Fold, ...]] = {}
+    for block in out.blocks:
+        sites = placed(out.sites(block), block.prefix)
+        modules = [s.weight.removesuffix(".weight") for s in sites]
+        producers = {s.producer for s in sites if s.producer}
+        context = Context(
+            sites,
+            {m: out.schemes[m] for m in modules if m in out.schemes},
+            kept=frozenset(p for p in producers if recipe and choose(recipe, p).weights == "keep"),
+        )
+        gains = [(source.params[g], out.params[g]) for g in rewrites(context)]
+        if recipe or any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in gains):
+            found[block.prefix] = folds(context)
+    return found
+
+
+def _recorded(out: Model) -> Recipe | None:
+    """The recipe of an output of ours; None where the steps are not known."""
+    path = out.checkpoint.folder / "mojax.json" if out.checkpoint else None
+    said = read_json(path).get("recipe") if path and path.exists() else None
+    return restored(said) if said and said["steps"] else None
 
 
 @jit()
@@ -84,30 +107,28 @@ def cut_encoded(q: QTensor, rows: int) -> list[QTensor]:
 
 
 def smoothed(
-    weights: dict[str, Any],
+    weights: Mapping[str, Any],
     encoded: Mapping[str, QTensor],
     before: Mapping[str, Any],
     after: Mapping[str, Any],
-    sites: Sequence[trace.Site],
+    folds: Sequence[Fold],
 ) -> dict[str, Any]:
     """The source's weights with the per-channel scales that the output folded, so that only rounding is left.
 
     A gain gives its scales as before / after; a linear (`up` before `down`) by least squares over its row.
     """
     out = {n: np.asarray(w, np.float32) for n, w in weights.items()}
-    for s in sorted(sites, key=lambda s: s.producer in encoded):
-        if s.weight not in out or s.producer is None:
-            continue
-        if s.producer in encoded:
-            mine = np.asarray(encoded[s.producer].format.decode(encoded[s.producer]))
-            full = out[s.producer]
+    for producer, readers in sorted(folds, key=lambda fold: fold.producer in encoded):
+        if producer in encoded:
+            mine = np.asarray(encoded[producer].format.decode(encoded[producer]))
+            full = out[producer]
             square = np.sum(mine * mine, axis=1)
             scale = np.where(square > 0, np.sum(full * mine, axis=1) / np.where(square > 0, square, 1), 1)
-            out[s.producer] = (full / np.where(scale == 0, 1, scale)[:, None]).astype(np.float32)
+            out[producer] = (full / np.where(scale == 0, 1, scale)[:, None]).astype(np.float32)
         else:
-            gain = np.asarray(after[s.producer], np.float32)
-            scale = np.where(
-                gain == 0, 1, np.asarray(before[s.producer], np.float32) / np.where(gain == 0, 1, gain)
-            )
-        out[s.weight] = (out[s.weight] * scale[None, :]).astype(np.float32)
+            gain = np.asarray(after[producer], np.float32)
+            full = np.asarray(before[producer], np.float32)
+            scale = np.where(gain == 0, 1, full / np.where(gain == 0, 1, gain))
+        for name in readers:
+            out[name] = (out[name] * scale[None, :]).astype(np.float32)
     return out

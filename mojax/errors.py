@@ -10,6 +10,10 @@ class InputError(ValueError):
     """The input cannot be used; the message says where, what was found, what was needed, what to do."""
 
 
+class NotFiniteError(InputError):
+    """NaN or infinity in a weight or an activation; what holds the first one may lie far before it."""
+
+
 class PlanError(InputError):
     """Every problem that config.json and the safetensors headers show, all together.
 

@@ -18,15 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax.calibration import batches
+from mojax.calibration import batches, start
 from mojax.checkpoint import Checkpoint
 from mojax.compile import jit
-from mojax.errors import InputError
+from mojax.errors import InputError, NotFiniteError
 from mojax.formats.base import QTensor
-from mojax.model import Lazy, Model, decode, embed, head, run_block
+from mojax.model import Lazy, Model, decode, head, run_block
 from mojax.threads import each
 
 CHUNK = 2**24  # logits at a time, in elements
+
+
+class BrokenError(InputError):
+    """The quantized model gives logits that are not finite, where its source's are finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Report:
       peak_rss_bytes: of this process.
       tokens: how many were evaluated; text: where they came from.
       worst: the ten encoded tensors farthest from the source, `{tensor, rel_error}`.
+      notes: what is right but worth knowing, and why something was not measured.
     """
 
     kl_mean: float | None = None
@@ -57,7 +62,7 @@ class Report:
     tokens: int = 0
     text: str = ""
     worst: tuple[dict[str, Any], ...] = ()
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
@@ -81,8 +86,7 @@ def compare(p_logits: jax.Array, q_logits: jax.Array, targets: Any) -> tuple[jax
 
 def hidden(model: Model, tokens: np.ndarray) -> list[jax.Array]:
     """The last block's output, in batches; inputs are simulated and weights decoded block by block."""
-    outside = model.outside()
-    xs = [embed(model._family, model.hyper, outside, t) for t in batches(tokens)]
+    xs = start(model, tokens)
     for block in model.blocks:
         params = model.local(block)
         plain = not any(isinstance(leaf, QTensor) for leaf in params.values())
@@ -103,6 +107,7 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
       text: where the tokens come from, for the report.
     Raises:
       InputError: the two have different vocabularies, or the tokens do not fit them.
+      NotFiniteError: the source's logits hold NaN or infinity. BrokenError: only the quantized model's do.
     """
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
@@ -117,7 +122,7 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
             f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}"
         )
     pairs = zip(batches(tokens), hidden(reference, tokens), hidden(model, tokens), strict=True)
-    outsides = reference.outside(), model.outside()
+    outsides = reference.outside("head"), model.outside("head")
     heads = reference.head_program(), model.head_program()
     parts: list[list[np.ndarray]] = [[], [], [], []]
     for ids, xp, xq in pairs:
@@ -130,8 +135,9 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
             for store, value in zip(parts, values, strict=True):
                 store.append(np.asarray(value).reshape(-1, ids.shape[1]))
     kl, same, nll_p, nll_q = (np.concatenate(p) for p in parts)
+    _finite(kl, nll_p)
     return Report(
-        kl_mean=_finite("KL", kl.mean(dtype=np.float64)),
+        kl_mean=float(kl.mean(dtype=np.float64)),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1_agreement=float(same.mean()),
         perplexity=float(
@@ -146,12 +152,15 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
     )
 
 
-def _finite(what: str, value: Any) -> float:
-    if not np.isfinite(value):
-        raise InputError(
-            f"{what} is {value}: one of the two models gives logits that are not finite on this text"
+def _finite(kl: np.ndarray, nll_source: np.ndarray) -> None:
+    """Raises for logits that are not finite: those of the source, or else those of the quantized model."""
+    if np.isfinite(kl).all():
+        return
+    if not np.isfinite(nll_source).all():
+        raise NotFiniteError(
+            "the source gives logits that are not finite on this text; check the checkpoint or the text"
         )
-    return float(value)
+    raise BrokenError("the quantized model gives logits that are not finite on this text")
 
 
 def not_finite(model: Model) -> list[str]:
@@ -171,7 +180,7 @@ def bits(model: Model, reference: Model) -> float:
     if model.checkpoint is not None and isinstance(model.params, (Checkpoint, Lazy)):
         size = sum(e.stop - e.start for e in model.checkpoint.entries.values())
     else:
-        size = sum(_bytes(leaf) for leaf in model.params.values())
+        size = sum(leaf.nbytes for leaf in model.params.values())
     files = reference.checkpoint
     count = (
         sum(int(np.prod(files.spec(n).shape)) for n in files)
@@ -183,12 +192,11 @@ def bits(model: Model, reference: Model) -> float:
 
 def quantized_bits(model: Model) -> float | None:
     """The same over encoded tensors; None when there are none."""
-    leaves = [model.params[m + ".weight"] for m in model.schemes]
-    return 8 * sum(map(_bytes, leaves)) / sum(int(np.prod(q.shape)) for q in leaves) if leaves else None
-
-
-def _bytes(leaf: Any) -> int:
-    return leaf.nbytes
+    size = count = 0
+    for module in model.schemes:
+        leaf = model.params[module + ".weight"]  # one at a time: some are copies
+        size, count = size + leaf.nbytes, count + int(np.prod(leaf.shape))
+    return 8 * size / count if count else None
 
 
 def peak_rss() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mojax.converters import base as dialects
 from mojax.errors import InputError
-from mojax.evaluation import bits, quantized_bits
+from mojax.evaluation import quantized_bits
 from mojax.model import INPUT, Model, load
 from mojax.verify import VerifyError, verify
 
@@ -33,16 +33,17 @@ def inspect(source: str | Path) -> dict[str, Any]:
         count = dtypes.setdefault(entry.dtype.name, [0, 0])
         count[0] += 1
         count[1] += entry.stop - entry.start
+    size = sum(total for _, total in dtypes.values())
     method = found.get("quant_method") or ("modelopt" if model.schemes else None)
     return {
         "source": str(source),
         "model_type": model.config.get("model_type"),
         "dialect": method or "none: full precision",
         "tensors": len(files),
-        "bytes": sum(size for _, size in dtypes.values()),
-        "bits_per_weight": _bits(model),
+        "bytes": size,
+        "bits_per_weight": 8 * size / max(_parameters(model), 1),
         "bits_per_quantized_weight": quantized_bits(model),
-        "dtypes": {name: {"tensors": n, "bytes": size} for name, (n, size) in sorted(dtypes.items())},
+        "dtypes": {name: {"tensors": n, "bytes": b} for name, (n, b) in sorted(dtypes.items())},
         "formats": _formats(model),
         "cache": model.cache.label if model.cache else None,
         "ignore": found.get("ignore") or found.get("modules_to_not_convert") or [],
@@ -50,10 +51,9 @@ def inspect(source: str | Path) -> dict[str, Any]:
     }
 
 
-def _bits(model: Model) -> float:
-    leaves = {n: v for n, v in ((n, model.params[n]) for n in model.params if not n.endswith(INPUT))}
-    count = sum(int(np.prod(v.shape)) for v in leaves.values())
-    return bits(model, Model(model.config, leaves, None)) if count else 0.0
+def _parameters(model: Model) -> int:
+    """How many numbers the model has when nothing is encoded."""
+    return sum(int(np.prod(model.params[n].shape)) for n in model.params if not n.endswith(INPUT))
 
 
 def _formats(model: Model) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +111,9 @@ class Model:
         n = len(block.prefix)
         return {name[n:]: self.params[name] for name in self.params if name.startswith(block.prefix)}
 
-    def outside(self) -> dict[str, Any]:
-        """The parameters of no block that the family's `embed` and `head` use, decoded."""
-        params = {n: self.params[n] for n in self._family.shapes(self.hyper) if n in self._outside_names}
+    def outside(self, part: Literal["embed", "head"]) -> dict[str, jax.Array]:
+        """The parameters that the family's `embed` or `head` reads, decoded and on the device."""
+        params = jax.device_put({n: self.params[n] for n in _reads(self._family, self.hyper, part)})
         return params | decode({n: leaf for n, leaf in params.items() if isinstance(leaf, QTensor)})
 
     def head_program(self) -> Program:
@@ -124,6 +124,15 @@ class Model:
             if m + ".weight" in self._outside_names and s.inputs
         ]
         return Program(self._family, self.hyper, "head", tuple(inputs))
+
+    def prefix(self, name: str) -> str:
+        """The prefix of the block that a tensor or module lies in, "" outside the blocks."""
+        dots = (i + 1 for i, letter in enumerate(name) if letter == ".")
+        return next((name[:i] for i in dots if name[:i] in self._prefixes), "")
+
+    @functools.cached_property
+    def _prefixes(self) -> frozenset[str]:
+        return frozenset(block.prefix for block in self.blocks)
 
     @functools.cached_property
     def _outside_names(self) -> frozenset[str]:
@@ -150,14 +159,50 @@ class Model:
         Encoded weights are decoded, and quantized inputs simulated, block by block.
         """
         model = dataclasses.replace(self, params=params)
-        outside = model.outside()
-        x = embed(self._family, self.hyper, outside, tokens)
+        x = embed(self._family, self.hyper, model.outside("embed"), tokens)
         for block in self.blocks:
             x = run_block(model.program(block), decode(model.local(block)), x)
-        return head(self.head_program(), outside, x)
+        return head(self.head_program(), model.outside("head"), x)
 
     def __call__(self, tokens: Any) -> jax.Array:
         return self.apply(self.params, tokens)
+
+
+class _Reader(Mapping[str, Any]):
+    """A mapping that remembers which of its values were asked for."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.params = params
+        self.asked: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked[name] = None
+        return self.params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.params)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
+@functools.lru_cache
+def _reads(family: ModuleType, config: Any, part: Literal["embed", "head"]) -> tuple[str, ...]:
+    """The names of the tensors that `embed` or `head` of a family reads."""
+    asked: list[str] = []
+
+    def run(params: Mapping[str, Any], *args: Any) -> Any:
+        reader = _Reader(params)
+        out = getattr(family, part)(config, reader, *args)
+        asked.extend(reader.asked)
+        return out
+
+    bf16 = jnp.dtype(jnp.bfloat16)  # names alone are wanted, any dtype does
+    params = {name: jax.ShapeDtypeStruct(shape, bf16) for name, shape in family.shapes(config).items()}
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    x = tokens if part == "embed" else jax.eval_shape(functools.partial(family.embed, config), params, tokens)
+    jax.eval_shape(run, params, x)
+    return tuple(asked)
 
 
 def wide(entry: Entry) -> bool:

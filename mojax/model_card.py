@@ -13,8 +13,9 @@ def write(folder: Path, source: Path, report: Report, plan: Plan) -> None:
     """Write report.json and README.md into `folder`; the source's README.md comes first, unchanged."""
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     card = source / "README.md"
-    before = card.read_text() if card.exists() else ""
-    (folder / "README.md").write_text((before.rstrip() + "\n\n" if before else "") + section(report, plan))
+    before = card.read_bytes() if card.exists() else b""  # in whatever encoding
+    gap = b"\n" * (2 - before.endswith(b"\n")) if before else b""
+    (folder / "README.md").write_bytes(before + gap + section(report, plan).encode())
 
 
 def section(report: Report, plan: Plan) -> str:
@@ -47,8 +48,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     ]
     if report.tokens:
         rows.append(("evaluated on", f"{report.tokens} tokens, {report.text}"))
-    if report.note:
-        rows.append(("note", report.note))
+    rows += [("note", note) for note in report.notes]
     return [(name, value) for name, value in rows if value]
 
 

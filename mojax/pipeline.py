@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 import mojax
-from mojax import calibration, distance, evaluation, model_card, text, verify
+from mojax import calibration, distance, document, evaluation, model_card, text, verify
 from mojax.calibration import Stats, calibrate_block
-from mojax.checkpoint import Checkpoint
+from mojax.checkpoint import Checkpoint, read_json
 from mojax.document import Calibration
-from mojax.errors import InputError
+from mojax.errors import InputError, NotFiniteError
 from mojax.evaluation import Report
 from mojax.model import INPUT, Model, load
 from mojax.models.layers import Block
 from mojax.planner import Plan, plan
 from mojax.recipe import Recipe, load_recipe, resolved
 from mojax.transforms.rtn import static_maximum
-from mojax.writer import Unit, Writer, refuse, unit_params
+from mojax.writer import RECORD, Unit, Writer, refuse, unit_params
 
 Say = Callable[[str], None]
 
@@ -106,7 +106,7 @@ def optimize(
       interrupted: asked between blocks.
     Raises:
       InputError, PlanError: before anything is written. verify.VerifyError: what was written is wrong.
-      LimitError: too far from the source. Interrupted: `interrupted` said so.
+      LimitError: too far from the source, or not finite at all. Interrupted: `interrupted` said so.
     """
     begun = time.monotonic()
     model = load(source, revision=revision, generic=generic)
@@ -125,17 +125,23 @@ def optimize(
     _write(writer, seen, say, interrupted)
     writer.finish()
     checked = verify.verify(writer.partial, reference=model.checkpoint.folder, plan=todo)
-    for note in checked.notes:
-        say(note)
+    broken = None
+    try:
+        report = _judge(writer.partial, model, judged, interrupted)
+    except evaluation.BrokenError as error:
+        broken, report = error, Report(notes=(str(error),))
     report = dataclasses.replace(
-        _judge(writer.partial, model, judged, interrupted),
+        report,
         bits_per_weight=todo.bits_per_weight,
         bits_per_quantized_weight=todo.bits_per_quantized_weight,
         worst=evaluation.worst(checked.errors),
         seconds=round(time.monotonic() - begun, 3),
         peak_rss_bytes=evaluation.peak_rss(),
+        notes=(*report.notes, *checked.notes),
     )
     model_card.write(writer.partial, model.checkpoint.folder, report, todo)
+    if broken is not None:
+        raise LimitError(f"{writer.rename('.rejected')}: {broken}") from broken
     if limit is not None and report.kl_mean is not None and report.kl_mean > limit:
         rejected = writer.rename(".rejected")
         raise LimitError(f"{rejected}: KL to the source is {report.kl_mean:.4f} nats, the limit is {limit}")
@@ -160,20 +166,20 @@ def _limit(kl_limit: float | None, recipe: Recipe, out: Path, evaluated: bool) -
 def _judge(folder: Path, model: Model, seen: text.Tokens | None, interrupted: Callable[[], bool]) -> Report:
     """The report of what was written, as far as there is text and a forward function."""
     if model.family is None:
-        return Report(note="no forward function for this model_type, so nothing was evaluated")
+        return Report(notes=("no forward function for this model_type, so nothing was evaluated",))
     if seen is None:
         return Report()
     if interrupted():
         raise Interrupted
     try:
         return evaluation.evaluate(load(folder), model, seen.ids, text=seen.origin)
-    except InputError as error:
+    except NotFiniteError as error:
         raise _blame(error, model) from error
 
 
-def _blame(error: InputError, model: Model) -> InputError:
+def _blame(error: NotFiniteError, model: Model) -> InputError:
     """The error, or a better one: NaN in a norm or an embedding shows only far behind it."""
-    names = evaluation.not_finite(model) if error.__cause__ is None else []
+    names = evaluation.not_finite(model)
     if not names or any(name in str(error) for name in names):
         return error
     listed = ", ".join(names[:10])
@@ -187,7 +193,9 @@ def _write(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Call
     except InputError as error:
         if error.__cause__ is None:  # it can only fail again; a full disk has a cause
             writer.discard()
-        raise _blame(error, writer.model) from error
+        if isinstance(error, NotFiniteError):
+            raise _blame(error, writer.model) from error
+        raise
 
 
 def _write_units(writer: Writer, seen: text.Tokens | None, say: Say, interrupted: Callable[[], bool]) -> None:
@@ -217,6 +225,31 @@ def _progress(done: int, total: int, unit: Unit, seconds: float) -> str:
 def read_text(model: Model, todo: Plan, recipe: Recipe, source: str | None, purpose: str) -> text.Tokens:
     """The tokens that a recipe asks for, checked against the model."""
     return _tokens(model, recipe.calibration._replace(text=source or recipe.calibration.text), purpose)
+
+
+def read_texts(model: Model, todo: Plan, evaluation_text: str | None) -> dict[str, str | None]:
+    """Where the texts of a run come from, read as the run would; None where there is no need of one.
+
+    Args:
+      evaluation_text: None: the built-in one; why it cannot be used is then said, not raised, since a run
+        can do without.
+    Raises:
+      InputError: a text that cannot be used.
+    """
+    recipe = todo.recipe
+    origins: dict[str, str | None] = {"calibration_text": None, "evaluation_text": None}
+    if todo.needs:
+        seen = read_text(model, todo, recipe, None, "calibration")
+        origins["calibration_text"] = seen.origin
+    if model.family is not None:
+        try:
+            seen = read_text(model, todo, recipe, evaluation_text or "builtin", "evaluation")
+            origins["evaluation_text"] = seen.origin
+        except InputError as error:
+            if evaluation_text is not None:
+                raise
+            origins["evaluation_text"] = f"none ({error})"
+    return origins
 
 
 def _tokens(model: Model, c: Calibration, purpose: str) -> text.Tokens:
@@ -265,19 +298,29 @@ def source_facts(files: Checkpoint | None) -> dict[str, Any]:
     }
 
 
-def evaluate_folder(
-    folder: str, reference: str, source: str, *, sequences: int = 64, length: int = 256, seed: int = 0
-) -> Report:
+def evaluate_folder(folder: str, reference: str, source: str, **numbers: int) -> Report:
     """Compare a checkpoint that we can read with its source, both by folder, hub id or "tiny".
 
     Args:
       source: evaluation text, "builtin" or a file; tokenized with the reference's tokenizer.
+      numbers: `sequences`, `length` and `seed`; by default as in the folder's mojax.json, so that the text is
+        the one that its report.json tells of, and without one as in `mojax.document.Calibration`.
     """
     begun = time.monotonic()
+    said: dict[str, Any] = document.calibration("--", numbers, separator="") | {"text": source}
     out, base = load(folder), load(reference)
-    seen = _tokens(base, Calibration(source, sequences, length, seed), "evaluation")
+    assert out.checkpoint is not None
+    seen = _tokens(base, Calibration(**_recorded(out.checkpoint.folder) | said), "evaluation")
     report = evaluation.evaluate(out, base, seen.ids, text=seen.origin)
     errors = distance.weight_errors(out, base) if out.schemes else {}
     return dataclasses.replace(
         report, worst=evaluation.worst(errors), seconds=round(time.monotonic() - begun, 3)
     )
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What the recipe in mojax.json says of text, where a folder has one."""
+    path = folder / RECORD
+    recipe = read_json(path).get("recipe") if path.is_file() else None
+    said = recipe.get("calibration") if isinstance(recipe, dict) else None
+    return document.calibration(f"{path}: calibration", said or {})

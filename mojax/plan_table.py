@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mojax.planner import Plan, Row, label
+from mojax.planner import Plan, Row
 
 
 def table(plan: Plan, *, every: bool = False) -> str:
@@ -13,7 +13,7 @@ def table(plan: Plan, *, every: bool = False) -> str:
     for r in plan.rows:
         name = r.name if every or not r.block else _star(r)
         how = (
-            label(r.scheme)
+            r.scheme.label
             if r.scheme
             else f"kept: {r.reason}"
             if r.role != "norm" or r.reason != "norm"

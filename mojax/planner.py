@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from types import ModuleType
@@ -12,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import find, trace
+from mojax import find, fusing, trace
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, Scheme
 from mojax.model import Model
 from mojax.models.layers import Block
 from mojax.recipe import Recipe, choose, load_recipe, menu_rows
 from mojax.resolve import decide, resolve_format, resolve_steps
-from mojax.transforms.base import Context, Transform
+from mojax.transforms.base import Context, Transform, placed
 
 TARGETS = ("vllm", "sglang", "trtllm", "transformers")
-FUSING = ("vllm", "sglang", "trtllm")  # servers that load q/k/v and gate/up as one matrix
 SMOOTHED = "absorbs smoothing scales"  # the reason of a row that a step rewrites
+ROUTERS = ("*.gate.weight", "*router*")  # kept where no family says what to keep
 OUTPUTS = ("report.json", "mojax.json", "hf_quant_config.json")
 
 
@@ -100,17 +101,19 @@ class Plan:
     def context(self, block: Block | None) -> Context:
         """What the transforms may know of one block (None: of what is outside), in checkpoint names."""
         p = block.prefix if block else ""
-        sites = tuple(
-            s._replace(weight=p + s.weight, producer=s.producer and p + s.producer)
-            for s in (self.sites.get(block.kind, ()) if block else ())
-        )
+        sites = placed(self.sites.get(block.kind, ()) if block else (), p)
         mine = [r for r in self.rows if r.block == p]
         groups: dict[str, list[str]] = {}
         for r in mine:
             if r.shared:
                 groups.setdefault(r.shared, []).append(r.name)
         schemes = {r.name.removesuffix(".weight"): r.scheme for r in mine if r.scheme is not None}
-        return Context(sites, schemes, tuple(tuple(g) for g in groups.values()))
+        return Context(
+            sites,
+            schemes,
+            tuple(tuple(g) for g in groups.values()),
+            frozenset(r.name for r in mine if choose(self.recipe, r.name).weights == "keep"),
+        )
 
     def observed(self, block: Block) -> dict[str, str]:
         """What calibration must watch: weight or cache name -> the first name that has the same input."""
@@ -157,14 +160,10 @@ def plan(
     if model.schemes:
         raise InputError(
             f"{model.checkpoint.folder if model.checkpoint else 'the model'}: is quantized already "
-            f"({label(next(iter(model.schemes.values())))}); `mojax convert` writes it in another dialect, "
+            f"({next(iter(model.schemes.values())).label}); `mojax convert` writes it in another dialect, "
             "and quantizing needs the source in full precision"
         )
     return _Planner(model, recipe, dialect, target).plan()
-
-
-def label(scheme: Scheme) -> str:
-    return f"{scheme.weights.label}, inputs {scheme.inputs.label if scheme.inputs else 'as they are'}"
 
 
 class _Planner:
@@ -175,18 +174,14 @@ class _Planner:
         assert model.checkpoint is not None
         self.files = model.checkpoint
         self.problems: list[str] = []
-        self.keep: tuple[str, ...] = getattr(model.family, "KEEP", ())
+        self.keep: tuple[str, ...] = getattr(model.family, "KEEP", ()) if model.family else ROUTERS
         self.sites, self.roles = self._trace()
 
     def plan(self) -> Plan:
         step = resolve_steps(self.recipe)
-        rewritten = {
-            block.prefix + name
-            for block in self.model.blocks
-            for name in step.rewrites(self.sites.get(block.kind, ()))
-        }
-        rows = [self._row(name, rewritten) for name in self.files]
-        rows = self._share(rows)
+        rows = [self._row(name) for name in self.files]
+        shared = fusing.share(rows, self.model, self.recipe, self.target, self.problems.append)
+        rows = [dataclasses.replace(r, shared=shared.get(r.name, "")) for r in rows]
         cache = self._cache()
         self._unmatched()
         self._data(rows, step, cache)
@@ -199,10 +194,26 @@ class _Planner:
                 self.problems.append(
                     f"{name}: the source has a file of this name, which the output writes; remove it"
                 )
+        count = sum(int(np.prod(r.shape)) for r in rows)
+        made = Plan(tuple(rows), self.recipe, self.dialect, self.target, step, self.sites, cache, count)
+        if not self.problems:
+            self._config(made)
         if self.problems:
             raise PlanError(list(dict.fromkeys(self.problems)))
-        count = sum(int(np.prod(r.shape)) for r in rows)
-        return Plan(tuple(rows), self.recipe, self.dialect, self.target, step, self.sites, cache, count)
+        return self._rewritten(made)
+
+    def _config(self, made: Plan) -> None:
+        """What the dialect cannot say in one config, before hours of work."""
+        try:
+            self.dialect.config(made.schemes, (), made.cache)
+        except InputError as error:
+            self.problems.append(str(error))
+
+    def _rewritten(self, made: Plan) -> Plan:
+        """The plan with a note on the tensors that are not encoded and change all the same."""
+        names = {n for block in self.model.blocks for n in made.step.rewrites(made.context(block))}
+        noted = (dataclasses.replace(r, reason=SMOOTHED) if r.name in names else r for r in made.rows)
+        return dataclasses.replace(made, rows=tuple(noted))
 
     def _trace(self) -> tuple[dict[str, tuple[trace.Site, ...]], dict[str, str]]:
         """Sites by kind of block, and the role of every tensor that the trace reaches."""
@@ -231,6 +242,8 @@ class _Planner:
     def _role(self, name: str, shape: tuple[int, ...]) -> str:
         if name in self.roles:
             return self.roles[name]
+        if name == "lm_head.weight":  # also a copy that a tied model stores and no one reads
+            return "head"
         if self.model.family is None and name.endswith(".weight") and len(shape) == 2:
             vocabulary = self.model.config.get("vocab_size")
             if "embed" in name:
@@ -240,7 +253,7 @@ class _Planner:
             return "bias"
         return "norm" if "norm" in name and len(shape) == 1 else "other"
 
-    def _row(self, name: str, rewritten: set[str]) -> Row:
+    def _row(self, name: str) -> Row:
         dtype, shape = self.files.spec(name)
         role = self._role(name, shape)
         before = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -254,8 +267,6 @@ class _Planner:
             else:
                 parts = self.dialect.layout(name.removesuffix(".weight"), shape, dtype, scheme)
                 after = sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in parts.values())
-        elif name in rewritten:
-            reason = SMOOTHED
         return Row(name, role, tuple(shape), np.dtype(dtype), prefix, scheme, "", before, after, reason)
 
     def _trouble(self, name: str, dtype: np.dtype, shape: tuple[int, ...], scheme: Scheme) -> str | None:
@@ -292,45 +303,13 @@ class _Planner:
                 f"{name}: is the embedding and the tied head at once; remove the rule that names it"
             )
             return None, "tied"
+        if scheme is not None and role == "head" and self.model.family and name not in self.roles:
+            self.problems.append(
+                f"{name}: the head is tied to the embedding, and this copy of it is not read; remove the "
+                "rule that names it"
+            )
+            return None, "tied"
         return scheme, reason
-
-    def _share(self, rows: list[Row]) -> list[Row]:
-        """Give the tensors that a server fuses one id, and check that they can share."""
-        by_name = {r.name: r for r in rows}
-        out = dict(by_name)
-        fusing = self.target in FUSING
-        for block in self.model.blocks:
-            for fused in getattr(self.model.family, "FUSED", ()):
-                names = [f"{block.prefix}{m}.weight" for m in fused]
-                members = [by_name[n] for n in names if n in by_name]
-                schemes = {r.scheme for r in members}
-                if len(schemes) > 1 and fusing:
-                    said = ", ".join(f"{r.name} {label(r.scheme) if r.scheme else 'kept'}" for r in members)
-                    self.problems.append(
-                        f"{self.target} fuses these into one matrix, give them one format: {said}"
-                    )
-                elif members and members[0].scheme and self._shares(members[0]):
-                    for r in members:
-                        out[r.name] = dataclasses.replace(r, shared=members[0].name)
-        if self.model.family is None:
-            out |= self._share_generic(rows)
-        return [out[r.name] for r in rows]
-
-    def _shares(self, row: Row) -> bool:
-        """Whether fused weights share the outer scale: where the format says so, or the recipe asks."""
-        assert row.scheme is not None
-        weights = row.scheme.weights
-        return weights.fused or (weights.static and bool(choose(self.recipe, row.name).share_scale))
-
-    def _share_generic(self, rows: list[Row]) -> dict[str, Row]:
-        """Without a trace: siblings with one input width share, a superset of what servers fuse."""
-        groups: dict[tuple[str, int], list[Row]] = {}
-        for r in rows:
-            if r.scheme is not None and r.scheme.weights.fused:
-                groups.setdefault((r.name.rsplit(".", 2)[0], r.shape[-1]), []).append(r)
-        return {
-            r.name: dataclasses.replace(r, shared=g[0].name) for g in groups.values() if len(g) > 1 for r in g
-        }
 
     def _cache(self) -> Format | None:
         asked = [rule.kv_cache for rule in self.recipe.rules if rule.kv_cache is not None]
@@ -351,15 +330,15 @@ class _Planner:
             )
 
     def _unmatched(self) -> None:
+        ends = {re.sub(r"^.*\.\d+\.", "*.", name) for name in self.files}
         for rule in self.recipe.rules:
             if (
                 not rule.shipped
                 and not rule.optional
                 and not any(fnmatchcase(n, rule.match) for n in self.files)
             ):
-                self.problems.append(
-                    f"{rule.match}: this rule matches no tensor{nearest(rule.match, self.files)}"
-                )
+                known = ends if rule.match.startswith("*") else self.files
+                self.problems.append(f"{rule.match}: this rule matches no tensor{nearest(rule.match, known)}")
 
 
 def data_free() -> list[str]:

@@ -13,7 +13,7 @@ import dataclasses
 import fnmatch
 import importlib.resources
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,19 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return data | ({"menu": recipe.menu._asdict()} if recipe.menu else {})
 
 
+def restored(data: Mapping[str, Any]) -> Recipe:
+    """The recipe whose `resolved` is `data`."""
+    steps = tuple(next(iter(s.items())) if isinstance(s, Mapping) else (s, {}) for s in data["steps"])
+    rules = tuple(Rule(**rule) for rule in data["rules"])
+    calibration = Calibration(**data["calibration"])
+    return Recipe(data["name"], data["description"], rules, steps, calibration, dict(data["limits"]))
+
+
 def adjusted(
     recipe: Recipe,
     *,
     keep: Sequence[str] = (),
+    text: str | None = None,
     sequences: int | None = None,
     length: int | None = None,
     seed: int | None = None,
@@ -139,7 +148,7 @@ def adjusted(
     Raises:
       InputError: an empty glob, or a number out of range.
     """
-    said = {"sequences": sequences, "length": length, "seed": seed}
+    said = {"text": text, "sequences": sequences, "length": length, "seed": seed}
     said = document.calibration("--", {k: v for k, v in said.items() if v is not None}, separator="")
     rules = tuple(Rule(document.text("--keep", glob), weights="keep") for glob in keep)
     calibration = recipe.calibration._replace(**said)

@@ -21,14 +21,14 @@ def decide(
 
     Args:
       role: as in a plan's row; only "linear" and "head" can be encoded.
-      keep: globs of weights that the family keeps. A user's rule that gives the full name overrides them.
+      keep: globs of weights that are kept by default. A user's rule that gives the full name overrides them.
       arithmetic: of the dialect.
     Raises:
       InputError: a format or option that does not exist.
     """
-    if role not in ("linear", "head"):
-        return None, role
     said = choose(recipe, name)
+    if role not in ("linear", "head") and said.weights != "keep":
+        return None, role
     if said.weights is None:
         return None, "no rule"
     rule = [r for r in recipe.rules if r.weights is not None and fnmatchcase(name, r.match)][-1]
@@ -36,7 +36,7 @@ def decide(
         return None, "the recipe keeps it" if rule.shipped else f"rule {rule.match}"
     by_full_name = not rule.shipped and rule.match == name
     if not by_full_name and (role == "head" or any(fnmatchcase(name, glob) for glob in keep)):
-        return None, "head: servers want it in full precision" if role == "head" else "the family keeps it"
+        return None, "head: servers want it in full precision" if role == "head" else "by default"
     weights = resolve_format(said.weights, f"rules: {rule.match}: weights", arithmetic)
     if said.inputs is None or said.inputs == "none":
         return Scheme(weights), ""
@@ -63,7 +63,8 @@ def resolve_steps(recipe: Recipe) -> Transform:
     """The steps of a recipe as one transform.
 
     Raises:
-      InputError: an unknown step or option.
+      InputError: an unknown step or option, a value of the wrong type, or no order in which weights end up
+        encoded.
     """
     steps = []
     for name, options in recipe.steps:
@@ -72,5 +73,14 @@ def resolve_steps(recipe: Recipe) -> Transform:
         for key in options:
             if key not in known:
                 raise InputError(f"steps: {name} has no option {key!r}{nearest(key, known)}")
-        steps.append(make(**options))
+        try:
+            steps.append(make(**options))
+        except TypeError as error:
+            said = ", ".join(f"{key}: {value!r}" for key, value in options.items())
+            raise InputError(f"steps: {name} cannot use {said}; a value is of the wrong type") from error
+    if [step.encodes for step in steps] != [False] * (len(steps) - 1) + [True]:
+        said = ", ".join(name for name, _ in recipe.steps)
+        raise InputError(
+            f"steps: found [{said}]; exactly one step must encode the weights (rtn), and it must be the last"
+        )
     return chain(*steps)

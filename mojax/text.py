@@ -1,8 +1,8 @@
 """Tokens for calibration and evaluation, from the built-in text or a txt, jsonl, parquet or npz file.
 
 Text is one stream: documents follow each other (plain ones with an empty line between). It is tokenised
-without the special tokens a tokenizer would add, and cut into pieces of `length` tokens. Evaluation takes the
-first pieces, calibration a seeded choice, both in the order of the text.
+without the special tokens a tokenizer would add, and cut into pieces of `length` tokens. Evaluation with seed
+0 takes the first pieces; with another seed, as calibration always, a seeded choice. Both keep the order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mojax.tokenizer import Encode, Render, load_template, load_tokenizer
 
 Purpose = Literal["calibration", "evaluation"]
 
-_CHOICE = 8  # calibration chooses among so many times the pieces it needs; a long file is not read to its end
+_CHOICE = 8  # a seed chooses among so many times the pieces it needs; a long file is not read to its end
 _TURN = 2000  # characters; paragraphs of a txt file are gathered to user turns of at least this size
 
 
@@ -67,13 +67,13 @@ def tokens(
 
     The model's chat template, if it has one, wraps every document for calibration (a plain document is one
     user turn; a txt file becomes turns of paragraphs), and for evaluation only rows with `messages`.
-    Calibration chooses among the first `8 * sequences` pieces with `seed`; an npz file is read in order.
+    A choice with `seed` is among the first `8 * sequences` pieces; an npz file is read in order.
 
     Args:
       source: "builtin", or a file: txt; jsonl or parquet with `text`, `messages`, or `prompt` and
         `completion`; npz with an integer array `tokens` `[sequences, length]`.
       folder: of the model, for its tokenizer and chat template.
-      seed: of the choice; evaluation ignores it.
+      seed: of the choice; 0 makes evaluation take the first pieces instead.
       vocab: ids must be below it.
     Raises:
       InputError: no such file, a row that cannot be read, no tokenizer, too little text, ids outside `vocab`.
@@ -95,9 +95,10 @@ def tokens(
         encode, render = load_tokenizer(folder), load_template(folder)
         rows = read_rows(path, turns=purpose == "calibration" and render is not None)
         texts = _texts(rows, render, purpose)
-        pieces = sequences * (_CHOICE if purpose == "calibration" else 1)
+        chosen = purpose == "calibration" or seed != 0
+        pieces = sequences * (_CHOICE if chosen else 1)
         stream, preview = _encode_stream(texts, encode, pieces * length)
-        ids = _cut(stream, sequences, length, seed if purpose == "calibration" else None, origin)
+        ids = _cut(stream, sequences, length, seed if chosen else None, origin)
         if render is not None and purpose == "calibration":
             origin += ", with the chat template"
     _check_ids(ids, vocab, origin)

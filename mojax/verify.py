@@ -6,20 +6,20 @@ import filecmp
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from mojax import checkpoint, model, trace
+from mojax import checkpoint, model
 from mojax.converters import base as dialects
-from mojax.distance import weight_errors
+from mojax.distance import folded, weight_errors
 from mojax.errors import InputError
-from mojax.formats.base import QTensor
+from mojax.formats.base import Format, QTensor
 from mojax.model import Model
-from mojax.models.layers import Block
-from mojax.planner import SMOOTHED, Plan
+from mojax.planner import Plan
 
+PIECE = 2**24  # bytes compared at a time
 LARGEST_ERROR = 0.5  # relative: a wrong nibble order or scale gives 1 or more, the coarsest format 0.2
 
 
@@ -166,10 +166,10 @@ class _Check:
 
     def ignored(self) -> None:
         """Every linear is encoded or in the ignore list; a tied head has no tensor but must be there too."""
-        if self.out.family is None:
-            return
-        linears = model.linears(self.out, self.files_out)
-        if "lm_head" not in linears:
+        known = self.out.family is not None
+        linears = model.linears(self.out, self.files_out) if known else []
+        tied = self.out.config.get("tie_word_embeddings", True) or "lm_head.weight" in self.files_out
+        if "lm_head" not in linears and (known or tied):
             linears = [*linears, "lm_head"]
         parsed = self.dialect.parse(dict(self.out.config), model.extra(self.files_out.folder), linears)
         for module in linears:
@@ -188,28 +188,34 @@ class _Check:
                 )
 
     def fused(self) -> None:
-        """NVFP4's outer scale is one value in a fused group; other per-tensor scales may differ, but lose."""
-        for names in _fused(self.out):
-            tensors = {n: self.out.params[n] for n in names if n.removesuffix(".weight") in self.out.schemes}
-            outer = {n: np.float32(q.scales["outer"]) for n, q in tensors.items() if "outer" in q.scales}
+        """NVFP4's outer scale is one value in a fused group; other per-tensor scales may differ, but lose.
+
+        Only weights of one format: servers do not fuse others.
+        """
+        apart = []
+        for format, names in _fused(self.out):
+            scales = {n: self.out.params[n].scales for n in names}
+            outer = {n: np.float32(s["outer"]) for n, s in scales.items() if "outer" in s}
             if len(set(outer.values())) <= 1:
                 continue
             said = ", ".join(f"{n} {v:.6g}" for n, v in outer.items())
-            if next(iter(tensors.values())).format.fused:
+            if format.fused:
                 self.differences.append(
                     f"a server fuses these and reads one outer scale for all, they differ: {said}"
                 )
             else:
-                self.notes.append(
-                    f"per-tensor scales differ in a fused group ({said}); vLLM requantizes to the largest, "
-                    "which costs accuracy: share_scale: true avoids it"
-                )
+                apart.append(said)
+        if apart:
+            self.notes.append(
+                f"per-tensor scales differ in {len(apart)} fused groups, such as {apart[0]}; vLLM "
+                "requantizes to the largest, which costs accuracy: share_scale: true avoids it"
+            )
 
     def kept(self) -> None:
         """What was not encoded is there, byte for byte, unless the plan rewrote it."""
         assert self.source is not None and self.source.checkpoint is not None
         files = self.source.checkpoint
-        rewritten = set(self.rewritten())
+        rewritten = {f.producer for found in folded(self.out, self.source).values() for f in found}
         known = set(files)
         for name in files:
             if name.removesuffix(".weight") in self.out.schemes and name.endswith(".weight"):
@@ -218,7 +224,7 @@ class _Check:
             if name not in self.files_out:
                 self.differences.append(f"{name}: is in the source, but was not written")
                 self.broken = True
-            elif name not in rewritten and _bytes(files[name]) != _bytes(self.files_out[name]):
+            elif name not in rewritten and not same_bytes(files[name], self.files_out[name]):
                 self.differences.append(f"{name}: was to be kept, but its bytes differ from the source's")
         endings = (*self.dialect.SUFFIXES, ".weight")
         for name in self.files_out:
@@ -229,15 +235,6 @@ class _Check:
                 and not name.endswith((".k_scale", ".v_scale"))
             ):
                 self.differences.append(f"{name}: is neither in the source nor part of an encoded tensor")
-
-    def rewritten(self) -> Iterator[str]:
-        """High-precision tensors that a step may change: producers of encoded sites, if a step smooths."""
-        steps = _steps(self.files_out.folder)
-        if self.plan is not None:
-            yield from (r.name for r in self.plan.rows if r.reason == SMOOTHED)
-        elif steps is None or steps != ["rtn"]:
-            for block, sites in _sites(self.out):
-                yield from (block.prefix + s.producer for s in sites if s.producer)
 
     def files(self) -> None:
         """Every other file of the source is there, byte for byte."""
@@ -263,26 +260,24 @@ class _Check:
         return found
 
 
-def _sites(m: Model) -> Iterator[tuple[Block, tuple[trace.Site, ...]]]:
+def _fused(m: Model) -> Iterator[tuple[Format, list[str]]]:
+    """The encoded weights that a server fuses, by format."""
     for block in m.blocks:
-        yield block, m.sites(block)
-
-
-def _fused(m: Model) -> Iterator[tuple[str, ...]]:
-    for block in m.blocks:
-        for modules in getattr(m.family, "FUSED", ()):
-            yield tuple(f"{block.prefix}{module}.weight" for module in modules)
+        for fused in getattr(m.family, "FUSED", ()):
+            groups: dict[Format, list[str]] = {}
+            for module in (block.prefix + local for local in fused):
+                if module in m.schemes:
+                    groups.setdefault(m.schemes[module].weights, []).append(module + ".weight")
+            yield from groups.items()
 
 
 def _narrow(files: checkpoint.Checkpoint, name: str) -> bool:
     return np.dtype(files.spec(name).dtype).itemsize < 2
 
 
-def _bytes(a: Any) -> bytes:
-    return np.ascontiguousarray(a).tobytes()
-
-
-def _steps(folder: Path) -> list[str] | None:
-    path = folder / "mojax.json"
-    recipe = checkpoint.read_json(path).get("recipe") if path.exists() else None
-    return [next(iter(s)) if isinstance(s, dict) else s for s in recipe["steps"]] if recipe else None
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same bytes; compared in pieces, without a copy of either."""
+    if a.nbytes != b.nbytes:
+        return False
+    x, y = (np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in (a, b))
+    return all(np.array_equal(x[i : i + PIECE], y[i : i + PIECE]) for i in range(0, x.size, PIECE))

@@ -138,7 +138,7 @@ class Writer:
             target = self.partial / path.relative_to(self.source.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        files = self.plan.dialect.config(self.plan.schemes, ignored(self.plan, self.model), self.plan.cache)
+        files = self.plan.dialect.config(self.plan.schemes, ignored(self.plan), self.plan.cache)
         config = dict(self.model.config) | {"quantization_config": files["quantization_config"]}
         checkpoint.write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in files.items():
@@ -164,15 +164,15 @@ class Writer:
         return target
 
 
-def ignored(plan: Plan, model: Model) -> list[str]:
+def ignored(plan: Plan) -> list[str]:
     """What the config must name as not encoded, in full names.
 
-    Every such Linear module, the tied head that has no tensor of its own included; and the embeddings, in a
-    dialect that lists them.
+    Every such Linear module, and the head always: a tied one is a Linear to servers, whether it has a tensor
+    or not. The embeddings too, in a dialect that lists them.
     """
     kept = [r for r in plan.rows if r.scheme is None and r.name.endswith(".weight")]
     names = [r.name.removesuffix(".weight") for r in kept if r.role in ("linear", "head")]
-    if model.family is not None and "lm_head.weight" not in {r.name for r in plan.rows}:
+    if "lm_head" not in plan.schemes:
         names.append("lm_head")
     embeddings = [r.name.removesuffix(".weight") for r in kept if r.role == "embedding"]
     return [

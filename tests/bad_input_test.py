@@ -373,6 +373,9 @@ def test_text(capsys, source):
     ]:
         refused(capsys, source, "--recipe=fp8", "--noevaluate", f"--calibration={file}", words=[file, *words])
         refused(capsys, source, "--recipe=fp8_dynamic", f"--text={file}", words=[file, *words])
+        plan = {"verb": "plan", "words": [file, *words]}
+        refused(capsys, source, "--recipe=fp8", f"--calibration={file}", **plan)
+        refused(capsys, source, "--recipe=fp8_dynamic", f"--text={file}", **plan)
 
 
 def test_length_over_the_positions(capsys, source):
@@ -386,6 +389,9 @@ def test_no_tokenizer(capsys, source, tmp_path):
     words = ["no tokenizer", "--text=FILE.npz", "--noevaluate", "fp8_dynamic"]
     refused(capsys, source, "--recipe=fp8", words=["--calibration=FILE.npz", *words])
     refused(capsys, source, "--recipe=fp8_dynamic", words=words)
+    refused(capsys, source, "--recipe=fp8", verb="plan", words=words)
+    assert cli.run(["plan", f"--model={source}", "--recipe=fp8_dynamic"]) == 0  # as with --noevaluate
+    assert "evaluation text: none (" in capsys.readouterr().out
     np.savez("t.npz", tokens=np.random.default_rng(0).integers(0, 4096, (2, 32)))
     args = ["quantize", f"--model={source}", "--recipe=fp8", *SMALL]
     refused(
@@ -394,6 +400,15 @@ def test_no_tokenizer(capsys, source, tmp_path):
     assert cli.run([*args, "--calibration=t.npz", "--text=t.npz", "--out=a"]) == 0
     assert cli.run(["quantize", f"--model={source}", *QUICK, "--out=b"]) == 0
     assert (tmp_path / "a" / "report.json").exists() and (tmp_path / "b" / "report.json").exists()
+
+
+def test_a_model_card_in_any_encoding(source, tmp_path):
+    """Its bytes come first, as they are."""
+    for i, card in enumerate([b"# caf\xe9\r\n\r\ntext  \r\n", b"no newline", b"\n\n", b"x\n"]):
+        (source / "README.md").write_bytes(card)
+        assert cli.run(["quantize", f"--model={source}", f"--out={tmp_path / str(i)}", *QUICK]) == 0
+        written = (tmp_path / str(i) / "README.md").read_bytes()
+        assert written.startswith(card) and written[len(card) :].lstrip(b"\n").startswith(b"## Quantization")
 
 
 # ---------------------------------------------------------------- places

@@ -22,7 +22,7 @@ from mojax.recipe import adjusted, load_recipe
 
 TINY = Path(model.__file__).parent / "data" / "tiny"
 SMALL = ["--sequences=2", "--length=32"]
-FLAGS = {  # INTERFACES
+FLAGS = {  # every flag of every verb; --help comes by itself
     "quantize": "model recipe out format target calibration text sequences length seed keep "
     "kl_limit noevaluate "
     "max_shard_size revision trust_remote_code generic",
@@ -202,6 +202,42 @@ def test_evaluate(capsys, made, tmp_path):
     assert json.loads(out)["kl_mean"] == written["kl_mean"] > 0
     code, out, _ = run(capsys, line)
     assert code == 0 and "perplexity" in out
+
+
+def test_evaluate_takes_the_text_of_the_report(capsys, made):
+    """The recipe's sequences, length and seed are in mojax.json; flags go before them."""
+    line = f"evaluate --model={made} --reference=tiny --json"
+    written = json.loads((made / "report.json").read_text())
+    found = json.loads(run(capsys, line)[1])
+    assert found["tokens"] == written["tokens"] == 64 and found["kl_mean"] == written["kl_mean"]
+    assert json.loads(run(capsys, f"{line} --length=16")[1])["tokens"] == 32
+    assert json.loads(run(capsys, f"{line} --seed=7")[1])["kl_mean"] != written["kl_mean"]
+    code, _, err = run(capsys, f"{line} --seed=-1")
+    assert code == 2 and "--seed" in err
+
+
+def test_plan_reads_the_texts(capsys, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("Some words and more of them. " * 200)
+    line = f"plan --model=tiny --recipe=nvfp4 --calibration={text} {' '.join(SMALL)}"
+    code, out, _ = run(capsys, line)
+    assert code == 0 and f"calibration text: {text}" in out and f"of {text} text" in out
+    assert "evaluation text: built-in evaluation text" in out
+    code, out, _ = run(capsys, f"{line} --text={text} --json")
+    facts = json.loads(out)
+    assert code == 0 and str(text) in facts["calibration_text"] and str(text) in facts["evaluation_text"]
+    code, out, _ = run(capsys, "plan --model=tiny --recipe=int4 --json")
+    assert json.loads(out)["calibration_text"] is None
+
+
+def test_notes_are_printed_and_recorded(capsys, tmp_path):
+    rules = "[{match: '*', weights: {format: fp8, per: tensor}, inputs: none, share_scale: false}]"
+    (tmp_path / "apart.yaml").write_text(f"rules: {rules}\n")
+    line = "quantize --model=tiny --recipe=apart.yaml --noevaluate --target=transformers --out=out"
+    code, out, _ = run(capsys, line)
+    notes = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    assert code == 0 and len(notes) == 1 and "per-tensor scales differ in 8 fused groups" in notes[0]
+    assert all(note in out for note in notes)
 
 
 def test_inspect(capsys, made):
@@ -390,12 +426,19 @@ def test_a_changed_source_is_not_resumed(capsys, tmp_path):
     assert code == 2 and "model.safetensors" in err and "changed since" in err
 
 
-def test_resume_after_everything_is_written(capsys, made, tmp_path, monkeypatch):
+def test_resume_after_everything_is_written(capsys, made, tmp_path):
     """Killed in the evaluation: nothing is computed twice, the result is the same."""
     small = " ".join(SMALL)
     shutil.copytree(made, tmp_path / "out.partial", copy_function=shutil.copy2)
+    before = times(tmp_path / "out.partial")
     code, _, _ = run(capsys, f"quantize --model=tiny --out=out {small}")
     assert code == 0 and digests(tmp_path / "out") == digests(made)
+    assert len(before) == 5 and times(tmp_path / "out") == before
+
+
+def times(folder):
+    """When each shard was written, and that it is the same file."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")}
 
 
 # ---------------------------------------------------------------- real processes

@@ -453,6 +453,8 @@ def round_trip(recipe, folder):
 def test_a_resolved_recipe_loads_to_itself(name, tmp_path):
     recipe = load_recipe(name)
     assert round_trip(recipe, tmp_path) == recipe
+    as_json = json.loads(json.dumps(resolved(dataclasses.replace(recipe, menu=None))))
+    assert recipes.restored(as_json) == dataclasses.replace(recipe, menu=None)
 
 
 def test_equality_sees_every_field():

@@ -59,7 +59,15 @@ def test_evaluation_is_the_beginning_of_the_stream(encode):
     assert found.preview == (TEXT / "evaluation.txt").read_text(encoding="utf-8")[:200]
     assert "built-in evaluation" in found.origin
     assert not (found.ids[1:, 0] == 0).any()  # no <|bos|> per piece
-    assert ask("builtin", sequences=64, length=256, seed=5).digest == found.digest
+
+
+def test_evaluation_with_a_seed_is_a_choice(encode):
+    whole = encode((TEXT / "evaluation.txt").read_text(encoding="utf-8"))
+    pieces = [tuple(whole[i : i + 64]) for i in range(0, 8 * 16 * 64, 64)]
+    found = [ask("builtin", sequences=16, length=64, seed=seed) for seed in (0, 5, 5, 6)]
+    at = [[pieces.index(tuple(row)) for row in f.ids.tolist()] for f in found]
+    assert at[0] == list(range(16)) != at[1] == sorted(set(at[1]))
+    assert at[1] == at[2] != at[3]
 
 
 def test_calibration_is_a_seeded_choice_of_whole_pieces(encode):

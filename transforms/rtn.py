@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax.compile import jit
-from mojax.errors import InputError
+from mojax.errors import InputError, NotFiniteError
 from mojax.formats.base import Format, QTensor
 from mojax.formats.rows import common_rows, cut
 from mojax.threads import each
@@ -52,7 +52,7 @@ def encode(format: Format, w: Any, outer: Any, rows: int) -> QTensor:
 
 def rtn() -> Transform:
     """Round to nearest."""
-    return Transform(_apply)
+    return Transform(_apply, encodes=True)
 
 
 def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Context) -> Params:
@@ -77,7 +77,7 @@ def _encode_group(params: Params, group: tuple[str, ...], context: Context, rows
     amax = {name: largest(params[name], rows) for name in group}
     for name, value in amax.items():
         if not np.isfinite(value):
-            raise InputError(
+            raise NotFiniteError(
                 f"{name}: holds NaN or infinity, which no format can hold; repair the checkpoint, or add "
                 f"--keep={name} to leave this tensor as it is"
             )
@@ -97,7 +97,7 @@ def static_maximum(name: str, stats: Mapping[str, Mapping[str, Any]]) -> np.floa
         raise InputError(f"{name}: its inputs need a static scale, but calibration has not seen them")
     amax = np.float32(np.max(np.asarray(stats[name]["absmax"])))
     if not np.isfinite(amax):
-        raise InputError(
+        raise NotFiniteError(
             f"{name}: its inputs are not finite during calibration; the model overflows in its "
             "own dtype on this "
             "text, check the checkpoint or the text"

@@ -2,22 +2,21 @@
 
     s_j = max|X_j|^alpha / max|W_:,j|^(1 - alpha)        gain_j / s_j        W_:,j * s_j
 
-for every group of linears that read the same input and have a norm gain (or a linear) that can absorb 1 / s,
-as the trace found them. The function is unchanged before rounding.
+for every group of encoded linears that read the same input and have a norm gain (or an encoded linear) that
+can absorb 1 / s, as the trace found them. The function is unchanged before rounding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mojax.compile import jit
 from mojax.errors import InputError
-from mojax.trace import Site
 from mojax.transforms.base import Context, Params, Transform
 
 SMALLEST = 1e-5  # of a scale, as in the paper's code: keeps dead channels finite
@@ -48,31 +47,47 @@ def smoothquant(*, alpha: float = 0.5) -> Transform:
     return Transform(functools.partial(_apply, alpha), ("absmax",), rewrites)
 
 
-def groups(sites: Sequence[Site]) -> list[tuple[str, list[str]]]:
-    """(producer, the weights that read what it produces), where every reader can be scaled."""
+class Fold(NamedTuple):
+    """A producer that is divided by s, and the weights that read what it produces, multiplied by s."""
+
+    producer: str
+    readers: tuple[str, ...]
+
+
+def folds(context: Context) -> tuple[Fold, ...]:
+    """Where scales can move without touching what is kept.
+
+    Every reader is encoded, and the producer too, unless it is a norm gain that no rule keeps.
+    """
     found: dict[tuple[int, str], list[str]] = {}
-    for site in sites:
+    for site in context.sites:
         if site.op == "dot" and site.producer is not None:
             found.setdefault((site.group, site.producer), []).append(site.weight)
-    return [(producer, weights) for (_, producer), weights in found.items()]
+    encoded = {module + ".weight" for module in context.schemes}
+    fixed = context.kept | {site.weight for site in context.sites if site.weight not in encoded}
+    return tuple(
+        Fold(producer, tuple(readers))
+        for (_, producer), readers in found.items()
+        if producer not in fixed and encoded.issuperset(readers)
+    )
 
 
-def rewrites(sites: Sequence[Site]) -> frozenset[str]:
-    """The producers: norm gains, or linears that are encoded afterwards."""
-    return frozenset(producer for producer, _ in groups(sites))
+def rewrites(context: Context) -> frozenset[str]:
+    """The norm gains that absorb a scale."""
+    return frozenset(f.producer for f in folds(context)) - {m + ".weight" for m in context.schemes}
 
 
 def _apply(alpha: float, params: Params, stats: Mapping[str, Mapping[str, Any]], context: Context) -> Params:
     changed: dict[str, Any] = {}
-    for producer, weights in groups(context.sites):
-        if not all(w.removesuffix(".weight") in context.schemes for w in weights) or weights[0] not in stats:
-            continue  # a reader in high precision would be scaled for nothing
+    for producer, readers in folds(context):
+        if readers[0] not in stats:
+            raise InputError(
+                f"{readers[0]}: smoothquant needs the largest magnitude of its inputs, but calibration has "
+                "not seen them"
+            )
         now = {**params, **changed}
-        s = solve(jnp.asarray(stats[weights[0]]["absmax"]), tuple(now[w] for w in weights), alpha)
+        s = solve(jnp.asarray(stats[readers[0]]["absmax"]), tuple(now[w] for w in readers), alpha)
         changed[producer] = _rows(now[producer], s)
-        bias = producer.removesuffix(".weight") + ".bias"
-        if bias in now:
-            changed[bias] = _rows(now[bias], s)
-        for w in weights:
+        for w in readers:
             changed[w] = _columns(now[w], s)
     return changed

@@ -205,3 +205,8 @@ class Scheme(NamedTuple):
 
     weights: Format
     inputs: Format | None = None
+
+    @property
+    def label(self) -> str:
+        """`nvfp4, inputs as they are`."""
+        return f"{self.weights.label}, inputs {self.inputs.label if self.inputs else 'as they are'}"
