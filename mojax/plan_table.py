@@ -61,9 +61,11 @@ def totals(plan: Plan) -> str:
     tokens = c.sequences * c.length if plan.needs else 0
     data = f"{c.sequences} x {c.length} tokens of {c.text} text" if plan.needs else "no data needed"
     quantized = plan.bits_per_quantized_weight
+    cache = f", key/value cache {plan.cache.label}" if plan.cache else ""
     return "\n".join(
         [
-            f"\nrecipe {plan.recipe.name}, format {plan.dialect.DIALECT}, target {plan.target}; {data}",
+            f"\nrecipe {plan.recipe.name}, format {plan.dialect.DIALECT}, target {plan.target}{cache}; "
+            f"{data}",
             f"disk {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; "
             f"{plan.bits_per_weight:.2f} bits per weight, {quantized or 0:.2f} of those quantized",
             f"memory, about: {_size(plan.memory(tokens))} and what JAX itself needs (0.3 GB on a CPU)",
@@ -96,5 +98,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "bytes_after": plan.bytes_after,
         "bits_per_weight": plan.bits_per_weight,
         "needs": list(plan.needs),
+        "kv_cache": plan.cache.label if plan.cache else None,
         "tensors": rows,
     }

@@ -312,11 +312,21 @@ class _Planner:
         return scheme, reason
 
     def _cache(self) -> Format | None:
-        asked = [rule.kv_cache for rule in self.recipe.rules if rule.kv_cache is not None]
-        if not asked or asked[-1] == "none":
+        """The format of the key/value cache, one for all layers."""
+        blocks = [block.prefix for block in self.model.blocks] or [""]
+        by_layer = {p: choose(self.recipe, f"{p}self_attn.k_proj.weight").kv_cache or "none" for p in blocks}
+        asked = sorted(set(by_layer.values()))
+        if asked == ["none"]:
             return None
-        if asked[-1] != "fp8":
-            self.problems.append(f"kv_cache: {asked[-1]} is not a cache format here; known: fp8, none")
+        if len(asked) > 1:
+            odd = next(p for p, a in by_layer.items() if a != asked[0])
+            self.problems.append(
+                f"kv_cache: {odd}self_attn would have {by_layer[odd]} and others not; servers have one "
+                "format for the cache of all layers, so give the rule match: '*'"
+            )
+            return None
+        if asked != ["fp8"]:
+            self.problems.append(f"kv_cache: {asked[0]} is not a cache format here; known: fp8, none")
             return None
         return resolve_format({"format": "fp8"}, "kv_cache", self.dialect.ARITHMETIC)
 

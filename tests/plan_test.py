@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mojax
-from mojax import checkpoint, model
+from mojax import checkpoint, model, plan_table
 from mojax.recipe import adjusted, load_recipe
 
 TINY = Path(model.__file__).parent / "data" / "tiny"
@@ -122,3 +122,18 @@ def test_generic_keeps_routers(tmp_path):
     by_name = "rules: [{match: model.layers.0.mlp.gate.weight, weights: {format: fp8, per: channel}}]\n"
     named = mojax.plan(source, recipe_of(tmp_path, "extends: fp8_dynamic\n" + by_name))
     assert "model.layers.0.mlp.gate" in named.schemes and "model.layers.1.mlp.router" not in named.schemes
+
+
+def test_a_cache_for_some_layers_is_a_problem(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: fp8_dynamic\nrules: [{match: 'model.layers.0.*', kv_cache: fp8}]\n")
+    with pytest.raises(mojax.PlanError, match="one format for the cache of all layers"):
+        mojax.plan(mojax.load("tiny"), str(mine))
+
+
+def test_the_plan_says_that_the_cache_is_quantized(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: fp8_dynamic\nrules: [{match: '*', kv_cache: fp8}]\n")
+    made = mojax.plan(mojax.load("tiny"), str(mine))
+    assert "key/value cache fp8" in plan_table.totals(made)
+    assert plan_table.as_dict(made)["kv_cache"] == "fp8"
