@@ -63,7 +63,8 @@ def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:
             {m: out.schemes[m] for m in modules if m in out.schemes},
             kept=frozenset(p for p in producers if recipe and choose(recipe, p).weights == "keep"),
         )
-        gains = [(source.params[g], out.params[g]) for g in rewrites(context)]
+        both = [g for g in rewrites(context) if g in source.params and g in out.params]
+        gains = [(source.params[g], out.params[g]) for g in both]
         if recipe or any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in gains):
             found[block.prefix] = folds(context)
     return found

@@ -29,7 +29,7 @@ class PlanError(InputError):
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`"; did you mean 'a' or 'b'?"`, or the known names when none is near; each after `prefix`."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return "; did you mean " + " or ".join(repr(prefix + n) for n in near) + "?"
     return "; known: " + ", ".join(prefix + n for n in known[:20]) if known else ""

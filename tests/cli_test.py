@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import mojax
-from mojax import checkpoint, cli, model, pipeline
+from mojax import arguments, checkpoint, cli, model, pipeline
 from mojax.recipe import adjusted, load_recipe
 
 TINY = Path(model.__file__).parent / "data" / "tiny"
@@ -76,7 +76,7 @@ def digests(folder):
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_flags_of_a_verb(capsys, verb):
-    assert set(cli.define(verb)) == {"help", *FLAGS[verb].split()}
+    assert set(arguments.define(verb)) == {"help", *FLAGS[verb].split()}
     code, out, _ = run(capsys, f"{verb} --help")
     assert code == 0 and all(f"--{flag} " in out for flag in FLAGS[verb].split()) and f"mojax {verb}" in out
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mojax
-from mojax import cli, recipe, verify
+from mojax import arguments, cli, recipe, verify
 from mojax.checkpoint import write_shard
 from mojax.find import find, names
 from mojax.formats import int8
@@ -80,7 +80,7 @@ def test_the_first_command_prints_what_is_pasted(capsys, tmp_path, monkeypatch):
 
 
 def test_every_verb_is_listed():
-    rows = [["verb", "what it does"], *([f"`{verb}`", what] for verb, what in cli.VERBS.items())]
+    rows = [["verb", "what it does"], *([f"`{verb}`", what] for verb, what in arguments.VERBS.items())]
     assert as_table(rows) in README
 
 

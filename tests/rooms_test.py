@@ -89,6 +89,7 @@ NEVER = {
     "mojax.converters": ("mojax.transforms", "mojax.kernels", "mojax.models", *TRACING, *TEXT, *FLOW),
     "mojax.pipeline": ("jax.numpy", *TRACING),
     "mojax.cli": ("jax", "numpy", *EVERY_ROOM, *TRACING),
+    "mojax.arguments": ("jax", "numpy", *EVERY_ROOM, *TRACING),
 }
 
 
