@@ -60,7 +60,7 @@ def _formats(model: Model) -> list[dict[str, Any]]:
     """One entry per scheme, with the range of its scales over all modules."""
     groups: dict[str, dict[str, Any]] = {}
     for module, scheme in model.schemes.items():
-        label = f"{scheme.weights.label}, inputs {scheme.inputs.label if scheme.inputs else 'as they are'}"
+        label = scheme.label
         entry = groups.setdefault(label, {"format": label, "modules": 0, "example": module, "scales": {}})
         entry["modules"] += 1
         q = model.params[module + ".weight"]
