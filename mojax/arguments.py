@@ -91,7 +91,9 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
     for arg in args:
         name = arg.lstrip("-").partition("=")[0]
         if arg.startswith("-") and name not in known and name.removeprefix("no") not in switches:
-            raise InputError(f"{verb} has no flag --{name}{_others(name)}{nearest(name, known, '--')}")
+            raise InputError(
+                f"{verb} has no flag --{name}{_others(name)}{nearest(name, known, '--', 1, 0.0)}"
+            )
     try:
         words = f(["mojax", *args])[1:]
     except flags.Error as error:

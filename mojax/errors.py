@@ -26,10 +26,10 @@ class PlanError(InputError):
         super().__init__("\n".join(self.problems))
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "", most: int = 3, cutoff: float = 0.5) -> str:
     """`"; did you mean 'a' or 'b'?"`, or the known names when none is near; each after `prefix`."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
     if near:
         return "; did you mean " + " or ".join(repr(prefix + n) for n in near) + "?"
     return "; known: " + ", ".join(prefix + n for n in known[:20]) if known else ""
