@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -52,14 +51,17 @@ def convert(
         )
     if dialects.section(model.config).get("quant_method") in target.METHODS:
         raise InputError(f"{source}: is in {target.DIALECT} already")
+    if changed := verify.changed_files(files.folder):
+        raise InputError(f"{source}: {'; '.join(changed)}; quantize it again, or fetch an intact copy")
     plan = as_plan(model, target)
     method = dialects.section(model.config).get("quant_method", "modelopt")
     facts = {"converted_from": method} | pipeline.fingerprint(files, plan, None)
     writer = Writer(Path(out), plan, model, facts, max_shard_size)
     writer.write_all()
     writer.finish()
-    if (files.folder / "README.md").exists():
-        shutil.copyfile(files.folder / "README.md", writer.partial / "README.md")
+    card = files.folder / "README.md"
+    note = f"\nConverted by mojax from {method} to {target.DIALECT}; the codes are the same.\n"
+    (writer.partial / "README.md").write_bytes((card.read_bytes() if card.exists() else b"") + note.encode())
     verify.verify(writer.partial, plan=plan)
     if found := differences(model, load(writer.partial)):
         raise verify.VerifyError(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -84,10 +84,12 @@ def compare(p_logits: jax.Array, q_logits: jax.Array, targets: Any) -> tuple[jax
     return jnp.maximum(kl, 0.0), same, nll[0], nll[1]
 
 
-def hidden(model: Model, tokens: np.ndarray) -> list[jax.Array]:
+def hidden(model: Model, tokens: np.ndarray, interrupted: Callable[[], bool]) -> list[jax.Array]:
     """The last block's output, in batches; inputs are simulated and weights decoded block by block."""
     xs = start(model, tokens)
     for block in model.blocks:
+        if interrupted():
+            raise KeyboardInterrupt
         params = model.local(block)
         plain = not any(isinstance(leaf, QTensor) for leaf in params.values())
         params = jax.device_put(params) if plain else decode(params)
@@ -97,7 +99,14 @@ def hidden(model: Model, tokens: np.ndarray) -> list[jax.Array]:
     return xs
 
 
-def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = "") -> Report:
+def evaluate(
+    model: Model,
+    reference: Model,
+    tokens: np.ndarray,
+    *,
+    text: str = "",
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Report:
     """Compare a model with its source.
 
     Args:
@@ -105,6 +114,7 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
       reference: its source.
       tokens: int32 `[sequences, length]`.
       text: where the tokens come from, for the report.
+      interrupted: asked between blocks; KeyboardInterrupt if it says so.
     Raises:
       InputError: the two have different vocabularies, or the tokens do not fit them.
       NotFiniteError: the source's logits hold NaN or infinity. BrokenError: only the quantized model's do.
@@ -121,7 +131,7 @@ def evaluate(model: Model, reference: Model, tokens: np.ndarray, *, text: str = 
         raise InputError(
             f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}"
         )
-    pairs = zip(batches(tokens), hidden(reference, tokens), hidden(model, tokens), strict=True)
+    pairs = zip(batches(tokens), *(hidden(m, tokens, interrupted) for m in (reference, model)), strict=True)
     outsides = reference.outside("head"), model.outside("head")
     heads = reference.head_program(), model.head_program()
     parts: list[list[np.ndarray]] = [[], [], [], []]

@@ -172,7 +172,7 @@ def _judge(folder: Path, model: Model, seen: text.Tokens | None, interrupted: Ca
     if interrupted():
         raise Interrupted
     try:
-        return evaluation.evaluate(load(folder), model, seen.ids, text=seen.origin)
+        return evaluation.evaluate(load(folder), model, seen.ids, text=seen.origin, interrupted=interrupted)
     except NotFiniteError as error:
         raise _blame(error, model) from error
 

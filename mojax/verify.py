@@ -63,7 +63,8 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
     source = model.load(reference, generic=True) if reference is not None else None
     check = _Check(out, source, plan)
     if plan is None:  # else it was written a moment ago
-        check.digests()
+        assert out.checkpoint is not None
+        check.differences += changed_files(out.checkpoint.folder)
     check.layout()
     check.ignored()
     if not check.broken:
@@ -77,6 +78,21 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
         raise VerifyError(check.differences)
     assert out.checkpoint is not None
     return Verified(len(out.checkpoint), errors, tuple(check.notes))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """The files that mojax.json records with a SHA-256 and that are missing, or not what they were."""
+    path = folder / "mojax.json"
+    recorded = checkpoint.read_json(path).get("sha256", {}) if path.exists() else {}
+    found = []
+    for name, digest in recorded.items():
+        if not (folder / name).is_file():
+            found.append(f"{name}: is missing, mojax.json lists it")
+            continue
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                found.append(f"{name}: was changed after it was written (SHA-256 in mojax.json)")
+    return found
 
 
 class _Check:
@@ -101,21 +117,6 @@ class _Check:
             if [dialects.plain(f) for f in found] != [dialects.plain(f) for f in scheme]:
                 said, meant = dialects.label(found), dialects.label(scheme)
                 self.differences.append(f"{module}: config.json says {said}, the plan {meant}")
-
-    def digests(self) -> None:
-        """Every file that the writer recorded is there, and is what it was."""
-        path = self.files_out.folder / "mojax.json"
-        recorded = checkpoint.read_json(path).get("sha256", {}) if path.exists() else {}
-        for name, digest in recorded.items():
-            file = self.files_out.folder / name
-            if not file.is_file():
-                self.differences.append(f"{name}: is missing, mojax.json lists it")
-            else:
-                with open(file, "rb") as f:
-                    if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                        self.differences.append(
-                            f"{name}: was changed after it was written (SHA-256 in mojax.json)"
-                        )
 
     def layout(self) -> None:
         """Every tensor of an encoded module is there, as its dialect has it; scales are sane."""

@@ -193,3 +193,27 @@ def test_a_quantized_model_without_finite_logits_is_rejected(tmp_path, capsys, m
     assert report["kl_mean"] is None and "not finite" in report["notes"][0]
     assert cli.run(["evaluate", "--model=out.rejected", "--reference=m"]) == 2
     assert "the quantized model" in capsys.readouterr().err
+
+
+def test_a_damaged_source_is_not_converted(made, tmp_path):
+    shutil.copytree(made, tmp_path / "damaged")
+    shard = sorted((tmp_path / "damaged").glob("*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=f"{shard.name}: was changed"):
+        conversion.convert(tmp_path / "damaged", "modelopt", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_card_says_that_it_was_converted(made, tmp_path):
+    conversion.convert(made, "modelopt", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith((made / "README.md").read_text())
+    assert "Converted by mojax from compressed-tensors to modelopt" in card
+
+
+def test_an_evaluation_stops_between_blocks():
+    tiny = model.load("tiny")
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(tiny, tiny, np.zeros((1, 4), np.int32), interrupted=lambda: True)

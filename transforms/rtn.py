@@ -79,7 +79,7 @@ def _encode_group(params: Params, group: tuple[str, ...], context: Context, rows
         if not np.isfinite(value):
             raise NotFiniteError(
                 f"{name}: holds NaN or infinity, which no format can hold; repair the checkpoint, or add "
-                f"--keep={name} to leave this tensor as it is"
+                f"--keep={name} --noevaluate to leave this tensor as it is"
             )
     outer = None
     if format.static:
