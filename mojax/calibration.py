@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +15,74 @@ import numpy as np
 from mojax import checkpoint, interpret
 from mojax.compile import jit
 from mojax.errors import InputError, nearest
+from mojax.experts import listed
 from mojax.model import Model, Program, embed
 from mojax.models.layers import Block
 from mojax.threads import each
 
 
 class Statistic(NamedTuple):
-    """One number per channel or site: how to take it from inputs float32 `[tokens, in]`, how two merge."""
+    """One number per channel or site.
 
-    take: Callable[[jax.Array], jax.Array]
-    merge: Callable[[Any, Any], Any]
+    Attributes:
+      of: what each token adds, from inputs float32 `[tokens, in]`: `[tokens, ...]`.
+      reduce: how tokens, batches and devices become one: "max" or "sum".
+    """
+
+    of: Callable[[jax.Array], jax.Array]
+    reduce: Literal["max", "sum"]
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Over all tokens of `x`, float32 `[tokens, in]`."""
+        return {"max": jnp.max, "sum": jnp.sum}[self.reduce](self.of(x), axis=0)
+
+    def take_groups(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Over each group of the rows of `x`, float32 `[tokens, in]`: `[groups, ...]`, zero for an empty one.
+
+        Args:
+          sizes: int32 `[groups]`; rows after the last group belong to none.
+        """
+        ids = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+        if self.reduce == "sum":
+            return jax.ops.segment_sum(self.of(x), ids, len(sizes))
+        return jnp.maximum(jax.ops.segment_max(self.of(x), ids, len(sizes)), 0)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Two of them as one, in int64 where they count."""
+        if isinstance(a, jax.Array) or isinstance(b, jax.Array):
+            return (jnp.maximum if self.reduce == "max" else jnp.add)(a, b)
+        wide = np.int64 if np.issubdtype(np.asarray(a).dtype, np.integer) else None
+        return (np.maximum if self.reduce == "max" else np.add)(np.asarray(a, wide), np.asarray(b, wide))
 
 
 STATISTICS: Mapping[str, Statistic] = {
-    "absmax": Statistic(lambda x: jnp.max(jnp.abs(x), axis=0), np.maximum),  # [in]
-    "sumsq": Statistic(lambda x: jnp.sum(x * x, axis=0), np.add),  # [in]
-    "count": Statistic(
-        lambda x: jnp.asarray(x.shape[0], jnp.int32), lambda a, b: np.int64(a) + np.int64(b)
-    ),  # [], tokens
+    "absmax": Statistic(jnp.abs, "max"),  # [in]
+    "sumsq": Statistic(jnp.square, "sum"),  # [in]
+    "count": Statistic(lambda x: jnp.ones(len(x), jnp.int32), "sum"),  # [], tokens
 }
+
+
+def statistics(place: interpret.Place, needs: Iterable[str]) -> dict[str, jax.Array]:
+    """The statistics of the input of one place; where a matrix per expert reads it, `[experts, ...]`."""
+    x, n = place.x, place.x.ndim
+    axes = place.axes or (n - 1,)
+    order = [*place.paired, *(d for d in range(n) if d not in (*place.paired, *axes)), *axes]
+    width = math.prod(x.shape[d] for d in axes)
+    rows = x.transpose(order).reshape(*(x.shape[d] for d in place.paired), -1, width).astype(jnp.float32)
+    found = {}
+    for need in needs:
+        take = STATISTICS[need].take
+        if place.groups is not None:
+            take = functools.partial(STATISTICS[need].take_groups, sizes=place.groups)
+        for _ in place.paired:
+            take = jax.vmap(take)
+        found[need] = take(rows)
+    return found
+
+
+def merged(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The statistics of two inputs of one place, together."""
+    return {need: STATISTICS[need].merge(a[need], b[need]) for need in a}
 
 
 class Stats(dict[str, dict[str, Any]]):
@@ -73,18 +124,37 @@ def observe(
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
     """One block on `x [batch, length, hidden]`, and the statistics of the inputs of the weights `leaders`."""
 
-    def tap(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[None, Any]:
-        if name not in leaders:
-            return None, None
-        rows = value if not axes else jnp.moveaxis(value, axes, range(value.ndim - len(axes), value.ndim))
-        width = int(np.prod(rows.shape[rows.ndim - max(len(axes), 1) :]))
-        rows = rows.reshape(-1, width).astype(jnp.float32)
-        return None, {need: STATISTICS[need].take(rows) for need in needs}
+    def tap(place: interpret.Place) -> tuple[None, Any]:
+        seen = place.name in leaders and place.op != "gather"
+        return None, statistics(place, needs) if seen else None
 
     def block(params: Mapping[str, Any], x: Any) -> jax.Array:
         return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))
 
     return interpret.intercept(block, tap)(params, x)
+
+
+def tokens_per_expert(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """By layer of experts (`model.layers.5.mlp.experts`), how many tokens each expert saw."""
+    counts = {name: values["count"] for name, values in stats.items() if "*" in name and "count" in values}
+    return {name.split(".*")[0]: [int(n) for n in count] for name, count in counts.items()}
+
+
+def coverage(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """What `tokens_per_expert` of all layers means for a report: which experts saw no token, and how many do."""
+    unseen = {layer: [i for i, n in enumerate(seen) if n == 0] for layer, seen in counts.items()}
+    missed = [
+        f"{len(idle)} of {len(counts[layer])} experts of {layer} saw no calibration token: {listed(idle)}"
+        for layer, idle in unseen.items()
+        if idle
+    ]
+    every = [n for seen in counts.values() for n in seen]
+    if not every:
+        return ()
+    said = f"calibration tokens per expert: {min(every)} at least, {np.median(every):.0f} in the median"
+    if missed:
+        said = f"{'; '.join(missed)}; their scales are from the weights alone, inputs share those of the layer; {said}"
+    return (said,)
 
 
 def batches(tokens: np.ndarray, size: int | None = None) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import checkpoint, find, interpret, trace
+from mojax import checkpoint, experts, find, interpret, trace
 from mojax.compile import jit
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
@@ -55,8 +55,9 @@ class Model:
 
     Attributes:
       config: config.json.
-      params: tensors by checkpoint name, Hugging Face `[out, in]` layout; encoded weights are `QTensor`,
-        and `<module>.input_scale` is the float32 maximum of a statically quantized input.
+      params: tensors by checkpoint name, Hugging Face `[out, in]` layout, experts of a layer as one leaf
+        (`mojax.experts`); encoded weights are `QTensor`, and `<module>.input_scale` is the float32 maximum of a
+        statically quantized input.
       family: the module `mojax.models.<model_type>`; None when only the tensors are known (`generic`).
       checkpoint: the files it was read from, if any.
       schemes: how each encoded linear runs, by module name; empty for a model in full precision.
@@ -74,6 +75,17 @@ class Model:
     def hyper(self) -> Any:
         """The family's view of the config; hashable."""
         return self._family.configure(dict(self.config))
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What config.json implies of `params`; empty without a family."""
+        return dict(self.family.shapes(self.hyper)) if self.family is not None else {}
+
+    @functools.cached_property
+    def tensors(self) -> checkpoint.Checkpoint | experts.Stacked:
+        """The tensors of the files by the names of `params`."""
+        assert self.checkpoint is not None
+        return experts.stacked(self.checkpoint, self.shapes)
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -137,7 +149,7 @@ class Model:
     @functools.cached_property
     def _outside_names(self) -> frozenset[str]:
         inside = tuple(b.prefix for b in self.blocks)
-        return frozenset(n for n in self._family.shapes(self.hyper) if not n.startswith(inside))
+        return frozenset(n for n in self.shapes if not n.startswith(inside))
 
     def program(self, block: Block) -> Program:
         """The static part of `run_block` for this block."""
@@ -217,10 +229,15 @@ def wide(entry: Entry) -> bool:
 @jit()
 def decode(params: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Every encoded leaf as an array of the checkpoint's dtype; the others as they are."""
-    return {
-        name: jnp.asarray(leaf.format.decode(leaf)).astype(leaf.dtype) if isinstance(leaf, QTensor) else leaf
-        for name, leaf in params.items()
-    }
+    return {name: _decode(leaf) if isinstance(leaf, QTensor) else leaf for name, leaf in params.items()}
+
+
+def _decode(q: QTensor) -> jax.Array:
+    if not q.batch:
+        return jnp.asarray(q.format.decode(q)).astype(q.dtype)
+    # one expert at a time: float32 of a whole stack would be twice the layer
+    stack = jax.lax.map(lambda i: _decode(q.row(i)), jnp.arange(q.shape[q.batch[0]]))
+    return jnp.moveaxis(stack, 0, q.batch[0])
 
 
 @jit(static_argnums=(0, 1))
@@ -248,17 +265,17 @@ def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
 def _simulate(program: Program, fn: Callable[..., jax.Array], params: Mapping[str, Any], x: Any) -> jax.Array:
     inputs = dict(program.inputs)
 
-    def quantize(name: str, value: jax.Array, axes: tuple[int, ...]) -> tuple[Any, None]:
-        module = name.removesuffix(".weight")
-        if module not in inputs:
+    def quantize(place: interpret.Place) -> tuple[Any, None]:
+        module = place.name.removesuffix(".weight")
+        if module not in inputs or place.op == "gather":
             return None, None
-        scheme = inputs[module]
-        amax = params.get(module + INPUT)
-        outer = scheme.outer(amax, value.dtype) if amax is not None else None
+        amax, value, axes = params.get(module + INPUT), place.x, place.axes
+        outer = inputs[module].outer(amax, value.dtype) if amax is not None else None
         if axes in ((), (value.ndim - 1,)):
-            return scheme.fake(value, outer), None
-        last = jnp.moveaxis(value, axes, range(value.ndim - len(axes), value.ndim))
-        return jnp.moveaxis(scheme.fake(last, outer), range(value.ndim - len(axes), value.ndim), axes), None
+            return place.run(x=inputs[module].fake(value, outer)), None
+        end = range(value.ndim - len(axes), value.ndim)
+        last = inputs[module].fake(jnp.moveaxis(value, axes, end), outer)
+        return place.run(x=jnp.moveaxis(last, end, axes)), None
 
     weights = {name: leaf for name, leaf in params.items() if not name.endswith(INPUT)}
     if not inputs:
@@ -318,8 +335,8 @@ def load(
     dialect = dialects.dialect(config, file_names(files))
     model = Model(config, files, family, files)
     if dialect is None:
-        _check_shapes(model, {name: files.spec(name).shape for name in files})
-        return model
+        _check_shapes(model)
+        return dataclasses.replace(model, params=model.tensors)
     return _encoded(model, dialect)
 
 
@@ -328,33 +345,37 @@ def file_names(files: checkpoint.Checkpoint) -> list[str]:
     return [p.name for p in files.folder.iterdir()] if files.folder.is_dir() else []
 
 
-def _check_shapes(model: Model, found: Mapping[str, tuple[int, ...]]) -> None:
-    if model.family is None:
-        return
+def _check_shapes(model: Model) -> None:
+    assert model.checkpoint is not None
+    files = model.checkpoint
     problems = []
-    for name, shape in model.family.shapes(model.hyper).items():
-        if name not in found:
+    for name, shape in model.shapes.items():
+        if experts.starred(name):
+            continue
+        if name not in files:
             problems.append(f"{name}: config.json implies this tensor {list(shape)}, the files lack it")
-        elif tuple(found[name]) != tuple(shape):
+        elif (found := tuple(files.spec(name).shape)) != tuple(shape):
             problems.append(
-                f"{name}: the file holds {list(found[name])}, config.json implies {list(shape)}; "
+                f"{name}: the file holds {list(found)}, config.json implies {list(shape)}; "
                 "one of the two belongs to another model"
             )
+    problems += experts.problems(files, model.shapes)
     if problems:
         raise PlanError(problems)
 
 
 def linears(model: Model, names: Mapping[str, Any]) -> list[str]:
-    """The modules that may be encoded: two-dimensional weights of the blocks, and an untied head."""
+    """The modules that may be encoded: weights `[out, in]` of the blocks, experts' too, and an untied head."""
     if model.family is None:
         found = [n for n in names if n.endswith((".weight", ".weight_packed")) and "embed" not in n]
         return sorted({n.rsplit(".", 1)[0] for n in found if len(_shape(names, n)) == 2})
     inside = tuple(b.prefix for b in model.blocks)
-    shapes = model.family.shapes(model.hyper)
     return [
         n.removesuffix(".weight")
-        for n, shape in shapes.items()
-        if n.endswith(".weight") and len(shape) == 2 and (n.startswith(inside) or n == "lm_head.weight")
+        for n, shape in model.shapes.items()
+        if n.endswith(".weight")
+        and len(shape) == 2 + experts.starred(n)
+        and (n.startswith(inside) or n == "lm_head.weight")
     ]
 
 
@@ -365,19 +386,30 @@ def _shape(names: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def _encoded(model: Model, dialect: ModuleType) -> Model:
     files = model.checkpoint
     assert files is not None
-    parsed = dialect.parse(dict(model.config), extra(files.folder), linears(model, files))
-    leaves: dict[str, Callable[[], Any]] = {n: functools.partial(files.__getitem__, n) for n in files}
-    for module, scheme in parsed.schemes.items():
-        for suffix in dialect.SUFFIXES:
-            leaves.pop(module + suffix, None)
-        leaves[module + ".weight"] = lambda m=module, s=scheme: dialect.read(
-            m, files.__getitem__, s, model.dtype
-        )[0]
+    modules = linears(model, files)
+    count = {m: model.shapes[m + ".weight"][0] if experts.starred(m) else 1 for m in modules}
+    if problems := experts.modules_missing(files, {m: (count[m],) for m in modules if experts.starred(m)}):
+        raise PlanError(problems)
+    said = dialect.parse(
+        dict(model.config), extra(files.folder), [n for m in modules for n in experts.expand(m, count[m])]
+    )
+    each = {m: experts.one_scheme(m, count[m], said.schemes) for m in modules}
+    schemes = {m: scheme for m, scheme in each.items() if scheme is not None}
+    leaves: dict[str, Callable[[], Any]] = {
+        n: functools.partial(model.tensors.__getitem__, n) for n in model.tensors
+    }
+    for module, scheme in schemes.items():
+        for name in experts.expand(module, count[module]):
+            for suffix in dialect.SUFFIXES:
+                leaves.pop(name + suffix, None)
+
+        def read(m: str = module, s: Scheme = scheme) -> tuple[Any, Any]:
+            return experts.read(m, count[m], lambda n: dialect.read(n, files.__getitem__, s, model.dtype))
+
+        leaves[module + ".weight"] = lambda read=read: read()[0]
         if scheme.inputs is not None and scheme.inputs.static:
-            leaves[module + INPUT] = lambda m=module, s=scheme: dialect.read(
-                m, files.__getitem__, s, model.dtype
-            )[1]
-    if parsed.cache is not None:
+            leaves[module + INPUT] = lambda read=read: read()[1]
+    if said.cache is not None:
         key = dialect.cache_names("")[0]
         for attention in [n.removesuffix(key) for n in files if n.endswith(key)]:
             names = dialect.cache_names(attention)
@@ -386,7 +418,7 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
                 leaves[f"{attention}.{kv}_cache{INPUT}"] = lambda a=attention, i=i: dialect.read_cache(
                     a, files.__getitem__
                 )[i]
-    return dataclasses.replace(model, params=Lazy(leaves), schemes=parsed.schemes, cache=parsed.cache)
+    return dataclasses.replace(model, params=Lazy(leaves), schemes=schemes, cache=said.cache)
 
 
 def extra(folder: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from mojax.errors import InputError
-from mojax.interpret import intercept
+from mojax.interpret import intercept as intercept_places
 from mojax.trace import sites
 
 SIZE = 8
@@ -28,6 +28,18 @@ def weights():
 
 P = weights()
 X = jnp.asarray(np.random.default_rng(1).standard_normal((5, SIZE)), jnp.float32)
+
+
+def intercept(fn, inputs, **options):
+    """With a hook on inputs: `inputs(name, x, axes) -> (new x | None, tap | None)`."""
+
+    def hook(place):
+        if place.op == "gather":
+            return None, None
+        x, tap = inputs(place.name, place.x, place.axes)
+        return None if x is None else place.run(x=x), tap
+
+    return intercept_places(fn, hook, **options)
 
 
 def nothing(name, x, axes):

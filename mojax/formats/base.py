@@ -21,6 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax.errors import InputError, nearest
+from mojax.formats import leaf
+from mojax.formats.leaf import encode_leaf as encode_leaf
+from mojax.formats.leaf import outer_leaf as outer_leaf
+from mojax.formats.leaf import stack_rows as stack_rows
 from mojax.formats.numerics import pack, unpack
 
 Arithmetic = Literal["checkpoint", "float32"]
@@ -31,12 +35,21 @@ Array = jax.Array | np.ndarray
 class QTensor:
     """A tensor in a number format, packed as it rests on disk.
 
+    Codes and scales are those of the leaf seen as matrices `[*batch, out, in]`; for a weight `[out, in]`
+    that is the leaf itself.
+
     Attributes:
-      codes: uint8 `[out, in / 2]` for 4-bit elements (low nibble first), else one element per entry.
-      scales: by level: "inner" (per block, channel or group), "outer" (per tensor), "zero" (zero points).
+      codes: uint8 `[*batch, out, in / 2]` for 4-bit elements (low nibble first), else one element per entry.
+      scales: by level: "inner" (per block, channel or group), "outer" (per matrix, `[*batch]`), "zero" (zero
+        points).
       format: the number format; static.
-      shape: the logical shape `(out, in)`; static.
+      shape: the logical shape of the leaf; static.
       dtype: of the tensor before encoding; `decode` returns float32 all the same; static.
+      contract: axes of `shape` that are summed over, flattened in ascending order to `in`; `()` for a weight
+        `[out, in]` and for a tensor whose blocks run along the last axis and keep its shape; static.
+      batch: axes of `shape` along which every entry is a matrix of its own (experts, layers); static.
+    Raises:
+      InputError: `contract` or `batch` name an axis that does not exist, or one twice.
     """
 
     codes: Any
@@ -44,6 +57,27 @@ class QTensor:
     format: Format
     shape: tuple[int, ...]
     dtype: np.dtype
+    contract: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """One way to say each thing, so that equal QTensors have equal tree structures."""
+        if not self.contract and not self.batch:
+            return
+        batch, _, contract = leaf.axes(self.shape, self.contract, self.batch)
+        plain = not batch and len(self.shape) == 2 and contract == (1,)
+        object.__setattr__(self, "batch", batch)
+        object.__setattr__(self, "contract", () if plain else contract)
+
+    def row(self, i: Any) -> QTensor:
+        """Entry `i` (an int, or a traced integer scalar) of the first batch axis, without that axis.
+
+        A matrix `[out, in]` that remains is an ordinary one. An int leaves numpy arrays in numpy.
+
+        Raises:
+          InputError: there is no batch axis, or no such entry.
+        """
+        return leaf.row(self, i)
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +86,7 @@ class QTensor:
 
 
 jax.tree_util.register_dataclass(
-    QTensor, data_fields=["codes", "scales"], meta_fields=["format", "shape", "dtype"]
+    QTensor, data_fields=["codes", "scales"], meta_fields=["format", "shape", "dtype", "contract", "batch"]
 )
 
 
@@ -81,6 +115,11 @@ class Format:
             if not f.kw_only and getattr(self, f.name) != f.default
         ]
         return " ".join([self.name, *options])
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows of a matrix `[out, in]` share their inner scales."""
+        return 1
 
     @property
     def static(self) -> bool:
@@ -135,16 +174,23 @@ class Format:
         return _encode_as(self, w, scales)
 
     def decode(self, q: QTensor) -> Array:
-        """float32 of the logical shape, exactly what a server computes from the codes and scales."""
+        """float32 of the leaf's shape, exactly what a server computes from the codes and scales."""
         return _decode(q)
 
     def fake(self, x: Array, outer: Array | None = None) -> Array:
         """Encode and decode inputs `x [..., in]`, in the dtype of `x`, as a server does at run time."""
         return _fake(self, x, outer)
 
-    def spec(self, shape: tuple[int, ...], dtype: np.dtype) -> QTensor:
-        """The QTensor of ShapeDtypeStructs that `encode` gives for a weight of this shape."""
-        return jax.eval_shape(self.encode, jax.ShapeDtypeStruct(shape, dtype))
+    def spec(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        contract: tuple[int, ...] = (),
+        batch: tuple[int, ...] = (),
+    ) -> QTensor:
+        """The QTensor of ShapeDtypeStructs that `encode_leaf` gives for a leaf of this shape."""
+        encode = partial(encode_leaf, self, contract=contract, batch=batch)
+        return jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, dtype))
 
     def rounded_to(self, dtype: np.dtype) -> np.dtype:
         """The dtype that `outer` rounds to: the checkpoint's, unless it was read and so rounded before."""
@@ -191,6 +237,8 @@ def _encode_as(format: Format, w: jax.Array, scales: dict[str, jax.Array]) -> QT
 
 @partial(jax.jit, inline=True)
 def _decode(q: QTensor) -> jax.Array:
+    if q.contract or q.batch:
+        return leaf.decode_leaf(q)
     return q.format.value(unpack(q.codes) if q.format.bits == 4 else q.codes, q.scales)
 
 

@@ -39,6 +39,10 @@ class FP8(Format):
         one_of("fp8 per", self.per, ("tensor", "channel", "token", "block"))
 
     @property
+    def block_rows(self) -> int:
+        return _BLOCK if self.per == "block" else 1
+
+    @property
     def static(self) -> bool:
         return self.per == "tensor"
 

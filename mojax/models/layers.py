@@ -1,15 +1,17 @@
-"""Layers that decoder families share: linear, RMSNorm, rotary embedding, attention, gated MLP.
+"""Layers that decoder families share: linear, RMSNorm, rotary embedding, attention, gated MLP, experts.
 
   rms_norm   y = g * x / sqrt(mean(x^2) + eps)                                   (arXiv 1910.07467)
   rotary     [a, b] -> [a cos - b sin, b cos + a sin], angle = position * f_i    (arXiv 2104.09864)
   attention  softmax(q k^T / sqrt(head_dim) + mask) v, key heads shared by groups of query heads
   gated MLP  down(act(gate(x)) * up(x))                                          (arXiv 2002.05202)
+  experts    sum over the top k of softmax(router(x)), share_e * gated MLP_e(x)  (arXiv 2101.03961)
 
 Values rest in the dtype of `x`; every dot, norm and softmax computes in float32 and rounds once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -30,6 +32,28 @@ class Block(NamedTuple):
 
     prefix: str
     kind: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A Mixture-of-Experts layer.
+
+    Attributes:
+      module: name of the layer in its block; the router is `<module>.gate`.
+      names: gate, up and down projection of an expert, `<module>.experts.*.<name>.weight`.
+      count, per_token: experts there are, and experts that each token goes to.
+      width: outputs of the gate and up projections.
+      normalise: the shares of a token's experts are divided by their sum.
+      rounded: the shares are rounded to the dtype of the hidden states.
+    """
+
+    module: str
+    names: tuple[str, str, str]
+    count: int
+    per_token: int
+    width: int
+    normalise: bool
+    rounded: bool
 
 
 class Rope(NamedTuple):
@@ -56,6 +80,9 @@ def _relu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS = {"silu": _silu, "swish": _silu, "gelu": _gelu, "gelu_pytorch_tanh": _gelu_tanh, "relu": _relu}
+
+# [rows, in] x [experts, out, in] -> [rows, out]: the leaf is read as it lies, without a transpose
+ROWS_BY_EXPERT = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
 
 
 def linear(p: Params, module: str, x: jax.Array, bias: bool = False) -> jax.Array:
@@ -153,6 +180,51 @@ def gated_mlp(p: Params, x: jax.Array, *, act: str, bias: bool = False) -> jax.A
     gate, up = (linear(p, f"mlp.{name}_proj", x, bias) for name in ("gate", "up"))
     hidden = ACTIVATIONS[act](gate.astype(jnp.float32)).astype(x.dtype) * up
     return linear(p, "mlp.down_proj", hidden, bias)
+
+
+def route(p: Params, e: Experts, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Shares and indices of the experts of each of `x [tokens, hidden]`, both `[tokens, per_token]`.
+
+    The largest shares of a softmax over all experts in float32, largest first; of equal ones the first.
+    """
+    scores = linear(p, f"{e.module}.gate", x).astype(jnp.float32)
+    shares, chosen = lax.top_k(jax.nn.softmax(scores, axis=-1), e.per_token)
+    if e.normalise:
+        shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
+    return (shares.astype(x.dtype).astype(jnp.float32) if e.rounded else shares), chosen
+
+
+def grouped_linear(p: Params, module: str, x: jax.Array, groups: jax.Array) -> jax.Array:
+    """`x [rows, in]`, sorted by expert, times each row's matrix of `<module>.weight [experts, out, in]`.
+
+    Args:
+      groups: int32 `[experts]`, how many rows each expert has; they sum to rows.
+    """
+    w = p[f"{module}.weight"]
+    y = lax.ragged_dot_general(x, w, groups, ROWS_BY_EXPERT, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def moe(p: Params, x: jax.Array, e: Experts, *, act: str) -> jax.Array:
+    """Every token through its own experts, `[batch, length, hidden]` to the same; none is dropped.
+
+    Computes tokens * per_token rows, sorted by expert; an expert may have none. Outputs are summed in float32
+    in the order of `route` and rounded once.
+
+    Args:
+      p: the block's tensors: the router `[experts, hidden]` and three leaves `[experts, out, in]`.
+      act: a key of ACTIVATIONS.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    shares, chosen = route(p, e, tokens)
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    groups = jnp.bincount(chosen.reshape(-1), length=e.count).astype(jnp.int32)
+    rows = tokens[order // e.per_token]
+    gate, up, down = (f"{e.module}.experts.*.{name}" for name in e.names)
+    a, b = (grouped_linear(p, module, rows, groups) for module in (gate, up))
+    y = grouped_linear(p, down, ACTIVATIONS[act](a.astype(jnp.float32)).astype(x.dtype) * b, groups)
+    y = y[jnp.argsort(order)].reshape(*chosen.shape, -1).astype(jnp.float32)
+    return jnp.sum(y * shares[:, :, None], axis=1).astype(x.dtype).reshape(x.shape)
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:

@@ -1,4 +1,4 @@
-"""The Llama family (model_type "llama"), and the decoder that mistral, qwen2 and qwen3 configure."""
+"""The Llama family (model_type "llama"), and the decoder that the other families configure."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from jax import lax
 
 from mojax.errors import InputError, nearest
 from mojax.models import layers
-from mojax.models.layers import Block, Params, Rope
+from mojax.models.layers import Block, Experts, Params, Rope
 
 FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
 )
 KEEP = ("lm_head.weight", "model.embed_tokens.weight")
+DENSE = "_dense"  # ends the kind of a block that has a gated MLP where others have experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the decoder needs; fields carry their names in config.json, the last five are derived.
+    """What the decoder needs; fields carry their names in config.json, the last six are derived.
 
     Attributes:
-      layer_types: per layer "full_attention" or "sliding_attention", the kinds of its blocks.
+      layer_types: per layer "full_attention" or "sliding_attention", the kinds of its blocks; in a model with
+        experts followed by "_dense" where the layer has none.
       sliding_window: positions that a query of a sliding layer sees, its own included.
       qkv_bias, output_bias, mlp_bias: which linears have a bias.
       qk_norm: each head of q and k goes through RMSNorm.
+      experts: what takes the place of the gated MLP; None is nothing.
     """
 
     vocab_size: int
@@ -48,6 +51,7 @@ class Config:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -109,27 +113,52 @@ def configure(config: Mapping[str, Any]) -> Config:
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model; a tied `lm_head.weight` is absent."""
+    """Name and shape of every tensor of the model; a tied `lm_head.weight` is absent, experts are one `*`."""
+    table: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
+    for prefix, kind in blocks(c):
+        local = _attention_shapes(c) | (_expert_shapes(c, e) if (e := _experts(c, kind)) else _mlp_shapes(c))
+        table |= {prefix + name: shape for name, shape in local.items()}
+    table["model.norm.weight"] = (c.hidden_size,)
+    return table if c.tie_word_embeddings else table | {"lm_head.weight": (c.vocab_size, c.hidden_size)}
+
+
+def _experts(c: Config, kind: str) -> Experts | None:
+    return None if kind.endswith(DENSE) else c.experts
+
+
+def _expert_shapes(c: Config, e: Experts) -> dict[str, tuple[int, ...]]:
+    gate, up, down = (f"{e.module}.experts.*.{name}.weight" for name in e.names)
+    wide = (e.count, e.width, c.hidden_size)
+    router = {f"{e.module}.gate.weight": (e.count, c.hidden_size)}
+    return router | {gate: wide, up: wide, down: (e.count, c.hidden_size, e.width)}
+
+
+def _linear_shapes(linears: dict[str, tuple[int, int, bool]]) -> dict[str, tuple[int, ...]]:
+    table: dict[str, tuple[int, ...]] = {f"{m}.weight": (o, i) for m, (o, i, _) in linears.items()}
+    return table | {f"{m}.bias": (o,) for m, (o, _, bias) in linears.items() if bias}
+
+
+def _mlp_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     hidden, inner = c.hidden_size, c.intermediate_size
+    sides = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    return _linear_shapes({f"mlp.{name}_proj": (o, i, c.mlp_bias) for name, (o, i) in sides.items()})
+
+
+def _attention_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Those of the norms as well."""
+    hidden = c.hidden_size
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     linears = {
         "self_attn.q_proj": (q, hidden, c.qkv_bias),
         "self_attn.k_proj": (kv, hidden, c.qkv_bias),
         "self_attn.v_proj": (kv, hidden, c.qkv_bias),
         "self_attn.o_proj": (hidden, q, c.output_bias),
-        "mlp.gate_proj": (inner, hidden, c.mlp_bias),
-        "mlp.up_proj": (inner, hidden, c.mlp_bias),
-        "mlp.down_proj": (hidden, inner, c.mlp_bias),
     }
-    local: dict[str, tuple[int, ...]] = {f"{m}.weight": (o, i) for m, (o, i, _) in linears.items()}
-    local |= {f"{m}.bias": (o,) for m, (o, _, bias) in linears.items() if bias}
+    local = _linear_shapes(linears)
     local |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if c.qk_norm:
         local |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    table = {"model.embed_tokens.weight": (c.vocab_size, hidden)}
-    table |= {prefix + name: shape for prefix, _ in blocks(c) for name, shape in local.items()}
-    table |= {"model.norm.weight": (hidden,)}
-    return table if c.tie_word_embeddings else table | {"lm_head.weight": (c.vocab_size, hidden)}
+    return local
 
 
 def blocks(c: Config) -> tuple[Block, ...]:
@@ -163,12 +192,14 @@ def block(c: Config, kind: str, p: Params, x: jax.Array, positions: jax.Array) -
         positions,
         head_dim=c.head_dim,
         rope=c.rope,
-        window=c.sliding_window if kind == "sliding_attention" else None,
+        window=c.sliding_window if kind.startswith("sliding_attention") else None,
         bias=c.qkv_bias,
         output_bias=c.output_bias,
         norm_eps=c.rms_norm_eps if c.qk_norm else None,
     )
     y = layers.rms_norm(x, p["post_attention_layernorm.weight"], c.rms_norm_eps)
+    if e := _experts(c, kind):
+        return x + layers.moe(p, y, e, act=c.hidden_act)
     return x + layers.gated_mlp(p, y, act=c.hidden_act, bias=c.mlp_bias)
 
 

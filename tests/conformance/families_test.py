@@ -2,7 +2,7 @@
 
 import fnmatch
 import json
-import random
+import re
 from importlib import resources
 
 import jax
@@ -13,146 +13,16 @@ import safetensors.numpy
 
 from mojax.errors import InputError
 from mojax.find import find, names
+from tests.conformance.family_cases import BAD, BAD_OWN, CASES, OWN, PUBLISHED, ROPES, draw, raw
 
 FAMILIES = names("models")
-TINY = resources.files("mojax") / "data" / "tiny"
 LENGTH = 40
-BASE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-}
-MISSING = object()  # the key is taken out of BASE
-
-# The wavelengths of BASE are 6, 35, 199 and 1117 positions for theta 1000, and 6, 11, 20 and 35 for theta 10:
-# some are kept, some divided by the factor, some in between (test_rope_frequencies asserts it).
-LLAMA3 = {
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 40,
-}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
-ROPES = {
-    "rope_theta": {"rope_theta": 500.0},
-    "rope_parameters": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "rope_scaling_wins": {
-        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    },
-    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 100.0},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 1000.0},
-    "llama3_v5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1000.0, **LLAMA3}},
-    "llama3_top": {
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 1000.0, **LLAMA3},
-        "original_max_position_embeddings": 60,
-    },
-    "yarn": {"rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 10.0},
-    "yarn_v5": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, **YARN, "beta_fast": 2}},
-    "yarn_slow": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, **YARN, "beta_slow": 0.5}},
-    "yarn_exact_range": {
-        "rope_parameters": {"rope_type": "yarn", **YARN, "truncate": False, "attention_factor": 1.5},
-        "rope_theta": 10.0,
-    },
-    "yarn_mscale": {
-        "rope_parameters": {"type": "yarn", **YARN, "factor": None, "mscale": 2.0, "mscale_all_dim": 0.5},
-        "rope_theta": 10.0,
-    },
-}
-PUBLISHED = {  # Llama 3.1 8B, Qwen2.5 7B with its long-context setting
-    "llama3_1": {
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {"type": "llama3", **LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192},
-    },
-    "qwen2_5": {
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-    },
-}
-CASES = ROPES | {
-    "grouped": {},
-    "defaults": {
-        "num_key_value_heads": 4,
-        "head_dim": MISSING,
-        "hidden_act": MISSING,
-        "rms_norm_eps": MISSING,
-    },
-    "wide_heads": {"head_dim": 16},
-    "one_kv_head": {"num_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True},
-    "gelu": {"hidden_act": "gelu"},
-    "gelu_tanh": {"hidden_act": "gelu_pytorch_tanh"},
-    "relu": {"hidden_act": "relu", "attention_dropout": 0.5},
-}
-WINDOWS = {
-    "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "window_off": {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
-    "layer_types": {"use_sliding_window": True, "sliding_window": 5}
-    | {"layer_types": ["sliding_attention", "full_attention"]},
-    "kv_heads_missing": {"num_attention_heads": 32, "num_key_value_heads": MISSING},
-    "kv_heads_null": {"num_key_value_heads": None},
-}
-BIASES = {"attention_bias": {"attention_bias": True}, "no_attention_bias": {"attention_bias": False}}
-OWN = {
-    "llama": BIASES
-    | {
-        "mlp_bias": {"mlp_bias": True},
-        "kv_heads_missing": {"num_key_value_heads": MISSING, "sliding_window": 3},
-    },
-    "mistral": {
-        "window": {"sliding_window": 8},
-        "no_window": {"sliding_window": None},
-        "kv_heads_missing": {"num_attention_heads": 16, "num_key_value_heads": MISSING},
-    },
-    "qwen2": WINDOWS,
-    "qwen3": WINDOWS | BIASES | {"head_dim_128": {"head_dim": MISSING}},
-}
-
-
-def draw(family: str, seed: int) -> dict:
-    """A random configuration: one rope, and each of the family's own features with chance one half."""
-    rng = random.Random(f"{family} {seed}")
-    kv_heads = rng.choice([1, 2, 3])
-    config = {
-        "hidden_size": kv_heads * 24,
-        "num_key_value_heads": kv_heads,
-        "num_attention_heads": kv_heads * rng.choice([1, 2, 4]),
-        "head_dim": rng.choice([4, 6, 10]),
-        "num_hidden_layers": 2,
-        "tie_word_embeddings": rng.random() < 0.5,
-    }
-    own = {
-        k: v
-        for k, v in OWN.get(family, {}).items()
-        if k not in ("kv_heads_missing", "kv_heads_null", "head_dim_128")
-    }
-    for feature in own.values():
-        config |= feature if rng.random() < 0.5 else {}
-    return config | rng.choice(list(ROPES.values()))
-
-
+TINY = resources.files("mojax") / "data" / "tiny"
 ALL = [(f, n, c) for f in FAMILIES for n, c in (CASES | OWN.get(f, {})).items()]
 ALL += [(f, f"random{seed}", draw(f, seed)) for f in FAMILIES for seed in range(2)]
 each_case = pytest.mark.parametrize(
     ("family", "changes"), [(f, c) for f, _, c in ALL], ids=[f"{f}-{n}" for f, n, _ in ALL]
 )
-
-
-def raw(family: str, changes: dict) -> dict:
-    """The config.json of a case."""
-    config = {"model_type": family, **BASE, **changes}
-    return json.loads(json.dumps({k: v for k, v in config.items() if v is not MISSING}))
 
 
 def reference(config: dict):
@@ -171,14 +41,36 @@ def reference(config: dict):
             if "norm" in name:
                 p.copy_(1 + 0.3 * noise)
             else:
-                p.copy_(noise if p.ndim == 1 or "embed" in name else noise * 1.5 / p.shape[1] ** 0.5)
+                p.copy_(noise if p.ndim == 1 or "embed" in name else noise * 1.5 / p.shape[-1] ** 0.5)
     return model
 
 
+def published(model) -> dict:
+    """The tensors under the names of checkpoints, experts one by one; a tied head is left out."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {
+        k: v for k, v in tensors.items() if not (model.config.tie_word_embeddings and k == "lm_head.weight")
+    }
+
+
+def starred(tensors: dict) -> dict[str, list]:
+    """By name with a star for the expert, the tensors in the order of the experts."""
+    numbered: dict[str, dict[int, object]] = {}
+    for name, tensor in tensors.items():
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        star = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+        numbered.setdefault(star, {})[int(expert[1]) if expert else -1] = tensor
+    return {name: [rows[i] for i in sorted(rows)] for name, rows in numbered.items()}
+
+
 def arrays(model) -> dict[str, np.ndarray]:
-    """The tensors as they would be saved: a tied head is left out."""
-    tied = model.config.tie_word_embeddings
-    return {k: v.numpy() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    """The model's parameters: experts stacked."""
+    return {
+        name: np.stack([t.numpy() for t in rows]) if "*" in name else rows[0].numpy()
+        for name, rows in starred(published(model)).items()
+    }
 
 
 def logits(family, config, params, tokens) -> jax.Array:
@@ -220,8 +112,10 @@ def test_shapes_are_those_of_transformers(family, changes):
     with torch.device("meta"):
         kind = transformers.CONFIG_MAPPING[family]
         model = transformers.AutoModelForCausalLM.from_config(kind.from_dict(dict(config)))
-    tied = model.config.tie_word_embeddings
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    want = {
+        name: (len(rows), *rows[0].shape) if "*" in name else tuple(rows[0].shape)
+        for name, rows in starred(published(model)).items()
+    }
     module = find("models", family)
     c = module.configure(config)
     assert module.shapes(c) == want
@@ -263,11 +157,14 @@ def test_rope_cases_change_the_logits(rope):
     assert np.abs(a - b).max() / np.abs(a).max() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_linears_of_one_input_read_one_variable(family):
+KINDS = [(f, {}) for f in FAMILIES] + [("qwen3_moe", {"mlp_only_layers": [0]})]
+
+
+@pytest.mark.parametrize(("family", "changes"), KINDS)
+def test_linears_of_one_input_read_one_variable(family, changes):
     """A tracer finds the servers' fused groups: one norm output feeds q, k and v, another gate and up."""
     module = find("models", family)
-    c = module.configure(raw(family, {}))
+    c = module.configure(raw(family, changes))
     prefix, kind = module.blocks(c)[0]
     local = {
         k.removeprefix(prefix): jax.ShapeDtypeStruct(s, jnp.bfloat16)
@@ -280,11 +177,15 @@ def test_linears_of_one_input_read_one_variable(family):
     leaf = dict(zip(jaxpr.invars[: len(local)], sorted(local), strict=True))
     readers: dict = {}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general" and eqn.invars[1] in leaf:
+        if "dot_general" in eqn.primitive.name and eqn.invars[1] in leaf:
+            grouped = eqn.primitive.name == "ragged_dot_general"
+            assert grouped == ("*" in leaf[eqn.invars[1]])
             readers.setdefault(eqn.invars[0], set()).add(leaf[eqn.invars[1]].removesuffix(".weight"))
     groups = list(readers.values())
-    assert all(set(group) in groups for group in module.FUSED)
-    assert set().union(*groups) == {k.removesuffix(".weight") for k in local if "_proj.weight" in k}
+    here = [set(group) for group in module.FUSED if f"{group[0]}.weight" in local]
+    assert len(here) > 1 and all(group in groups for group in here)
+    linears = {k.removesuffix(".weight") for k, v in local.items() if len(v.shape) > 1}
+    assert set().union(*groups) == linears
     named = {e.params["name"]: e.outvars[0].aval for e in jaxpr.eqns if e.primitive.name == "name"}
     cache = (2, LENGTH, c.num_key_value_heads, c.head_dim)
     assert {k: v.shape for k, v in named.items()} == dict.fromkeys(
@@ -297,44 +198,18 @@ def test_fused_and_kept_names_exist(family):
     module = find("models", family)
     c = module.configure(raw(family, {}))
     table = module.shapes(c)
-    fused = {f"{p}{m}.weight" for p, _ in module.blocks(c) for group in module.FUSED for m in group}
-    assert fused <= set(table)
+    if family == "qwen3_moe":  # one layer of each kind
+        table |= module.shapes(module.configure(raw(family, {"mlp_only_layers": [0]})))
+    fused = set()
+    for group in module.FUSED:
+        layers = [{f"{p}{m}.weight" for m in group} for p, _ in module.blocks(c)]
+        assert any(layer <= set(table) for layer in layers)
+        fused = fused.union(*layers)
     for glob in module.KEEP:
         kept = fnmatch.filter(table, glob)
         assert kept and fused.isdisjoint(kept)
 
 
-BAD = {
-    "unknown_rope": ({"rope_scaling": {"rope_type": "longrope"}}, r"rope_scaling\.rope_type"),
-    "dynamic_rope": (
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-        r"rope_parameters\.rope_type",
-    ),
-    "nested_rope": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
-    "rope_text": ({"rope_scaling": "linear"}, "rope_scaling"),
-    "no_factor": ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor"),
-    "no_low": (
-        {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
-        r"rope_parameters\.low_freq_factor",
-    ),
-    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "theta": ({"rope_theta": None}, "rope_theta"),
-    "odd": ({"head_dim": 7}, "head_dim"),
-    "activation": ({"hidden_act": "quick_gelu"}, "hidden_act"),
-    "missing": ({"hidden_size": MISSING}, "hidden_size"),
-    "text": ({"vocab_size": "many"}, "vocab_size"),
-    "heads": ({"num_key_value_heads": 3}, "num_key_value_heads"),
-    "per_layer": ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config"),
-}
-BAD_OWN = {
-    "mistral": {"mixed": ({"sliding_window": 4, "layer_types": ["full_attention"] * 2}, "layer_types")},
-    "qwen2": {
-        "count": ({"layer_types": ["full_attention"]}, "layer_types"),
-        "kind": ({"layer_types": ["linear_attention"] * 2}, "layer_types"),
-        "no_window": ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
-        "zero": ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
-    },
-}
 BAD_ALL = [(f, n, *b) for f in FAMILIES for n, b in (BAD | BAD_OWN.get(f, {})).items()]
 
 
@@ -357,11 +232,15 @@ def test_a_token_outside_the_vocabulary_is_not_silent():
     assert np.isnan(np.asarray(x, np.float32)).all(-1).tolist() == [[False, True, True]]
 
 
-def kl(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean KL(p || q) over tokens in nats, from logits."""
+def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of every token in nats, from logits."""
     p, q = (x.astype(np.float64) - x.max(-1, keepdims=True) for x in (p, q))
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float(divergences(p, q).mean())
 
 
 def test_bfloat16_rounds_as_transformers_does():

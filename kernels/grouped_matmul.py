@@ -1,0 +1,111 @@
+"""Rows in groups, each group times a weight of its own, encoded or not: the experts of a mixture.
+
+On a CPU the rows are taken in tiles, each of one group, and only groups that have rows are read or decoded;
+`lax.ragged_dot` there multiplies every row with every weight. Elsewhere it is `lax.ragged_dot`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mojax.errors import InputError
+from mojax.formats.base import Array, QTensor
+from mojax.kernels.base import decoded, same_dtype, weight_of
+
+TILE = 64  # rows at least; smaller wastes the multiplier, larger wastes rows of small groups
+
+
+def grouped_matmul(x: Array, w: Array | QTensor, sizes: Array, *, dtype: Any) -> jax.Array:
+    """`x [rows, in]` times `w [groups, out, in]`, summed in float32, as `dtype [rows, out]`.
+
+    Differentiable in `x`, and in `w` where it is an array.
+
+    Args:
+      sizes: int32 `[groups]`. The first `sizes[0]` rows meet matrix 0, the next `sizes[1]` matrix 1, and so
+        on; rows beyond their sum give zeros.
+    Raises:
+      InputError: `x` is not `[rows, in]`, the weight has not one batch axis, `in` differs, or `sizes` is not
+        one integer per group.
+    """
+    x, sizes = jnp.asarray(x), jnp.asarray(sizes)
+    if x.ndim != 2:
+        raise InputError(f"grouped_matmul: inputs have shape {x.shape}; [rows, in] is needed")
+    if isinstance(w, QTensor):
+        w = weight_of("grouped_matmul", x, w, batch=1)
+    elif w.ndim != 3 or w.shape[-1] != x.shape[-1]:
+        raise InputError(f"grouped_matmul: inputs {x.shape} need a weight [groups, out, in], not {w.shape}")
+    if sizes.shape != w.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise InputError(
+            f"grouped_matmul: sizes are {sizes.dtype} {sizes.shape}; weight {w.shape} needs int32 "
+            f"{w.shape[:1]}"
+        )
+    return _grouped(x, w, sizes.astype(jnp.int32), np.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array:
+    run = partial(_tiles, dtype=dtype) if jax.default_backend() == "cpu" else partial(_ragged, dtype=dtype)
+    return run(x, w, sizes)
+
+
+def _forward(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> tuple[jax.Array, Any]:
+    return _grouped(x, w, sizes, dtype), (x, w, sizes)
+
+
+def _backward(dtype: np.dtype, kept: Any, dy: jax.Array) -> tuple[Any, Any, None]:
+    x, w, sizes = kept
+    if isinstance(w, QTensor):  # codes have no gradient
+        dx = jax.vjp(lambda x: _ragged(x, w, sizes, dtype), x)[1](dy)[0]
+        return dx, jax.tree.map(_no_gradient, w), None
+    return *jax.vjp(lambda x, w: _ragged(x, w, sizes, dtype), x, w)[1](dy), None
+
+
+def _no_gradient(a: Any) -> Any:
+    inexact = jnp.issubdtype(a.dtype, jnp.inexact)
+    return jnp.zeros(a.shape, a.dtype) if inexact else np.zeros(a.shape, jax.dtypes.float0)
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _ragged(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array:
+    x, w = same_dtype(x, decoded(w) if isinstance(w, QTensor) else w)
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    y = lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=jnp.dtype(jnp.float32))
+    return y.astype(dtype)
+
+
+def _tiles(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Tile after tile; rows of a tile that are the next group's are written again by that group's own."""
+    tile = max(1, min(max(TILE, x.shape[0] // (8 * w.shape[0])), x.shape[0]))
+    ends = jnp.cumsum(sizes)
+    padded = jnp.pad(x, ((0, tile), (0, 0)))
+    rows = lax.iota(jnp.int32, tile)
+
+    def group(y: jax.Array, e: jax.Array) -> tuple[jax.Array, None]:
+        end, start = ends[e], ends[e] - sizes[e]
+
+        def some(y: jax.Array) -> jax.Array:
+            one = w.row(e) if isinstance(w, QTensor) else lax.dynamic_index_in_dim(w, e, keepdims=False)
+            one = decoded(one) if isinstance(w, QTensor) else one
+
+            def step(state: tuple) -> tuple:
+                at, y = state
+                part, weight = same_dtype(lax.dynamic_slice_in_dim(padded, at, tile), one)
+                dims = (((1,), (1,)), ((), ()))
+                new = lax.dot_general(part, weight, dims, preferred_element_type=jnp.float32).astype(dtype)
+                new = jnp.where((at + rows < end)[:, None], new, jnp.zeros((), dtype))
+                return at + tile, lax.dynamic_update_slice_in_dim(y, new, at, 0)
+
+            return lax.while_loop(lambda s: s[0] < end, step, (start, y))[1]
+
+        return lax.cond(sizes[e] > 0, some, lambda y: y, y), None
+
+    out = jnp.zeros((x.shape[0] + tile, w.shape[1]), dtype)
+    return lax.scan(group, out, lax.iota(jnp.int32, w.shape[0]))[0][: x.shape[0]]
