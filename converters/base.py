@@ -135,6 +135,18 @@ def refusal(
     return f"{target} cannot load {label(scheme)} in the {dialect} dialect: {reason}"
 
 
+def experts_refusal(
+    dialect: str, scheme: Scheme, target: str, reasons: Mapping[tuple[str, str, str], str]
+) -> str | None:
+    """Why `target` cannot load experts of a scheme whose other linears it loads, from a dialect's table.
+
+    Args:
+      reasons: (kind of weights, kind of inputs, target) -> "why; what to use".
+    """
+    reason = reasons.get((kind(scheme.weights), kind(scheme.inputs), target))
+    return reason and f"{target} cannot load experts of {label(scheme)} in the {dialect} dialect: {reason}"
+
+
 def narrow(name: str, values: np.ndarray, dtype: Any) -> np.ndarray:
     """`values` in `dtype`.
 

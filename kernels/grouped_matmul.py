@@ -92,8 +92,8 @@ def _tiles(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array
         end, start = ends[e], ends[e] - sizes[e]
 
         def some(y: jax.Array) -> jax.Array:
-            one = w.row(e) if isinstance(w, QTensor) else lax.dynamic_index_in_dim(w, e, keepdims=False)
-            one = decoded(one) if isinstance(w, QTensor) else one
+            packed = isinstance(w, QTensor)
+            one = decoded(w.row(e)) if packed else lax.dynamic_index_in_dim(w, e, keepdims=False)
 
             def step(state: tuple) -> tuple:
                 at, y = state

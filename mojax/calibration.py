@@ -141,7 +141,7 @@ def tokens_per_expert(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, list[
 
 
 def coverage(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
-    """What `tokens_per_expert` of all layers means for a report: which experts saw no token, and how many do."""
+    """Notes for a report on `tokens_per_expert` of all layers: who saw none, the fewest and the median."""
     unseen = {layer: [i for i, n in enumerate(seen) if n == 0] for layer, seen in counts.items()}
     missed = [
         f"{len(idle)} of {len(counts[layer])} experts of {layer} saw no calibration token: {listed(idle)}"
@@ -153,7 +153,8 @@ def coverage(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
         return ()
     said = f"calibration tokens per expert: {min(every)} at least, {np.median(every):.0f} in the median"
     if missed:
-        said = f"{'; '.join(missed)}; their scales are from the weights alone, inputs share those of the layer; {said}"
+        how = "their scales are from the weights alone, those of inputs are the layer's"
+        said = f"{'; '.join(missed)}; {how}; {said}"
     return (said,)
 
 

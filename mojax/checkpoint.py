@@ -227,10 +227,13 @@ def join_shards(
     return entries
 
 
-def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_shard(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file through `path + ".tmp"`, so that `path` is complete or absent.
 
-    The same tensors give the same bytes. Contiguous arrays (mapped ones too) are not copied.
+    The same tensors give the same bytes (metadata of one key at most). Contiguous arrays (mapped ones too)
+    are not copied.
 
     Raises:
       InputError: a dtype that safetensors files cannot hold, or a disk that refuses.
@@ -246,7 +249,8 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
         part.write_bytes(b"")
         mode = part.stat().st_mode  # what the umask gives; the library's files are for the owner only
-        save_file({n: np.asarray(x, order="C") for n, x in tensors.items()}, part, metadata={"format": "pt"})
+        said = dict(metadata or {"format": "pt"})
+        save_file({n: np.asarray(x, order="C") for n, x in tensors.items()}, part, metadata=said)
         part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:

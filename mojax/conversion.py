@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mojax import find, pipeline, verify
+from mojax import experts, find, pipeline, verify
 from mojax.converters import base as dialects
 from mojax.errors import InputError, PlanError
 from mojax.formats.base import QTensor
@@ -84,7 +84,9 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
         leaf = model.params[name]
         size = sum(a.nbytes for a in ([leaf.codes, *leaf.scales.values()] if scheme else [leaf]))
         if scheme is not None:
-            refusals = {server: target.check(scheme, server) for server in TARGETS}
+            refusals = {
+                server: target.check(scheme, server, None, experts.starred(name)) for server in TARGETS
+            }
             servers = [server for server in servers if refusals[server] is None]
             if all(refusals.values()):
                 problems.append(refusals[TARGETS[0]])
@@ -92,7 +94,7 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
         facts = name, role, tuple(leaf.shape), np.dtype(leaf.dtype), model.prefix(name)
         rows.append(Row(*facts, scheme, "", size, size, "kept"))
     try:
-        target.config(model.schemes, (), model.cache)
+        target.config(experts.spread(model.schemes, model.shapes), (), model.cache)
     except PlanError as error:
         problems += error.problems
     except InputError as error:
@@ -122,7 +124,7 @@ def differences(source: Model, out: Model) -> list[str]:
             continue
         a, b = source.params[name], out.params[name]
         if isinstance(a, QTensor):
-            wrong = _levels(a, b)
+            wrong = _all_levels(a, b)
             same, what = not wrong, f"{', '.join(wrong)} of the encoded weight"
         elif name.endswith(INPUT):
             same, what = _near(a, b), "calibrated maximum"
@@ -131,6 +133,14 @@ def differences(source: Model, out: Model) -> list[str]:
         if not same:
             found.append(f"{name}: {what} read back as something else than the source's")
     return found
+
+
+def _all_levels(a: QTensor, b: Any) -> list[str]:
+    """`_levels`, of experts over all of them."""
+    if not isinstance(b, QTensor) or a.shape != b.shape or a.batch != b.batch:
+        return ["kind"]
+    found = [_levels(x, y) for x, y in zip(experts.rows(a), experts.rows(b), strict=True)]
+    return list(dict.fromkeys(level for wrong in found for level in wrong))
 
 
 def _levels(a: QTensor, b: Any) -> list[str]:

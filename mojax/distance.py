@@ -12,6 +12,7 @@ import numpy as np
 
 from mojax.checkpoint import read_json
 from mojax.compile import jit
+from mojax.experts import expand, rows, starred
 from mojax.formats.base import QTensor
 from mojax.formats.rows import common_rows, cut
 from mojax.model import Model
@@ -22,7 +23,7 @@ from mojax.transforms.smoothquant import Fold, folds, rewrites
 
 
 def weight_errors(out: Model, source: Model) -> dict[str, float]:
-    """Relative error of every encoded weight of `out` that `source` has, block by block.
+    """Relative error of every encoded weight of `out` that `source` has, block by block, experts one by one.
 
     Scales that `out` folded from activations into weights (SmoothQuant) are undone first, so that only
     rounding is left.
@@ -31,17 +32,31 @@ def weight_errors(out: Model, source: Model) -> dict[str, float]:
     found: dict[str, float] = {}
     groups: dict[str, list[str]] = {}
     for name in (module + ".weight" for module in out.schemes):
-        if name in source.params:
+        if name not in source.params:
+            continue
+        if starred(name):
+            found |= _expert_errors(name, out.params[name], source.params[name])
+        else:
             groups.setdefault(out.prefix(name), []).append(name)
     for prefix, names in groups.items():
         encoded = {name: out.params[name] for name in names}
         weights: dict[str, Any] = {name: source.params[name] for name in names}
         if prefix in moved:
             weights = smoothed(weights, encoded, source.params, out.params, moved[prefix])
-        rows = common_rows([q.shape for q in encoded.values()])
-        errors = each(lambda name, e=encoded, w=weights, r=rows: relative_error(e[name], w[name], r), encoded)
+        height = common_rows([q.shape for q in encoded.values()])
+        errors = each(
+            lambda name, e=encoded, w=weights, r=height: relative_error(e[name], w[name], r), encoded
+        )
         found |= dict(zip(encoded, errors, strict=True))
     return found
+
+
+def _expert_errors(name: str, q: QTensor, w: Any) -> dict[str, float]:
+    """The errors of the experts of one layer, by the names in the files."""
+    height = common_rows([q.shape[1:]])
+    pairs = zip(expand(name, len(w)), rows(q), w, strict=True)
+    errors = each(lambda pair: (pair[0], relative_error(pair[1], pair[2], height)), pairs)
+    return dict(errors)
 
 
 def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:

@@ -22,6 +22,7 @@ from mojax.calibration import batches, start
 from mojax.checkpoint import Checkpoint
 from mojax.compile import jit
 from mojax.errors import InputError, NotFiniteError
+from mojax.experts import Stacked
 from mojax.formats.base import QTensor
 from mojax.model import Lazy, Model, decode, head, run_block
 from mojax.threads import each
@@ -175,9 +176,10 @@ def _finite(kl: np.ndarray, nll_source: np.ndarray) -> None:
 
 def not_finite(model: Model) -> list[str]:
     """The float tensors of the source that hold NaN or infinity. Reads everything."""
+    files = model.checkpoint if model.checkpoint is not None else model.params
     found = []
-    for name in model.params:
-        flat = np.asarray(model.params[name]).reshape(-1)
+    for name in files:
+        flat = np.asarray(files[name]).reshape(-1)
         if jnp.issubdtype(flat.dtype, jnp.floating) and not all(
             np.isfinite(flat[i : i + 2**22].astype(np.float32)).all() for i in range(0, flat.size, 2**22)
         ):
@@ -187,7 +189,7 @@ def not_finite(model: Model) -> list[str]:
 
 def bits(model: Model, reference: Model) -> float:
     """8 x bytes of all tensors / parameters of the source; a tied tensor counts once."""
-    if model.checkpoint is not None and isinstance(model.params, (Checkpoint, Lazy)):
+    if model.checkpoint is not None and isinstance(model.params, (Checkpoint, Stacked, Lazy)):
         size = sum(e.stop - e.start for e in model.checkpoint.entries.values())
     else:
         size = sum(leaf.nbytes for leaf in model.params.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from mojax import experts
 from mojax.formats.base import Format
 from mojax.model import Model
 from mojax.recipe import Recipe, choose
@@ -28,10 +29,14 @@ def share(
     if model.family is None:
         return _siblings(rows)
     shared: dict[str, str] = {}
+    if target in FUSING:
+        for layer in _layers(rows):
+            if len({r.scheme for r in layer}) > 1:
+                problem(f"{target} runs all experts of a layer alike, give these one format: {_said(layer)}")
     for members in _fused(rows, model):
         if target in FUSING and len({r.scheme for r in members}) > 1:
-            said = ", ".join(f"{r.name} {r.scheme.label if r.scheme else 'kept'}" for r in members)
-            problem(f"{target} fuses these into one matrix, give them one format: {said}")
+            if not experts.starred(members[0].name):
+                problem(f"{target} fuses these into one matrix, give them one format: {_said(members)}")
             continue
         if target in ALIGNED:
             _aligned(members, target, problem)
@@ -49,6 +54,19 @@ def share(
     return shared
 
 
+def _said(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{r.name} {r.scheme.label if r.scheme else 'kept'}" for r in rows)
+
+
+def _layers(rows: Sequence[Row]) -> list[list[Row]]:
+    """The weights of experts, by layer."""
+    layers: dict[str, list[Row]] = {}
+    for r in rows:
+        if experts.starred(r.name) and r.role == "linear":
+            layers.setdefault(r.name.split("*")[0], []).append(r)
+    return list(layers.values())
+
+
 def _fused(rows: Sequence[Row], model: Model) -> Iterator[list[Row]]:
     by_name = {r.name: r for r in rows}
     for block in model.blocks:
@@ -60,10 +78,10 @@ def _fused(rows: Sequence[Row], model: Model) -> Iterator[list[Row]]:
 def _aligned(members: Sequence[Row], target: str, problem: Callable[[str], None]) -> None:
     """Blocks of fp8 must not cross from one member into the next."""
     for r in members[:-1]:
-        if r.scheme and getattr(r.scheme.weights, "per", None) == "block" and r.shape[0] % BLOCK:
+        if r.scheme and getattr(r.scheme.weights, "per", None) == "block" and r.matrix[0] % BLOCK:
             keep = " ".join(f"--keep={m.name}" for m in members)
             problem(
-                f"{r.name}: has {r.shape[0]} rows, which blocks of {BLOCK} rows do not divide, and {target} "
+                f"{r.name}: has {r.matrix[0]} rows, which blocks of {BLOCK} rows do not divide, and {target} "
                 f"fuses it with what follows; use another format (--recipe=fp8_dynamic), or add {keep}"
             )
 

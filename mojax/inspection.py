@@ -11,6 +11,7 @@ import numpy as np
 from mojax.converters import base as dialects
 from mojax.errors import InputError
 from mojax.evaluation import quantized_bits
+from mojax.experts import expand
 from mojax.model import INPUT, Model, load
 from mojax.verify import VerifyError, verify
 
@@ -61,9 +62,10 @@ def _formats(model: Model) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for module, scheme in model.schemes.items():
         label = scheme.label
-        entry = groups.setdefault(label, {"format": label, "modules": 0, "example": module, "scales": {}})
-        entry["modules"] += 1
         q = model.params[module + ".weight"]
+        names = expand(module, q.shape[0])
+        entry = groups.setdefault(label, {"format": label, "modules": 0, "example": names[0], "scales": {}})
+        entry["modules"] += len(names)
         levels = {f"weight {k}": v for k, v in q.scales.items()}
         if module + INPUT in model.params:
             levels["input maximum"] = np.asarray(model.params[module + INPUT])

@@ -1,10 +1,10 @@
 """Runs a function again with a hook at every place where a parameter meets an activation.
 
 The function is traced to a jaxpr, whose equations are bound again one after the other through public JAX
-functions; no jaxpr is ever built here. A parameter travels as a `Leaf`: its value as it was given (an array or
-a QTensor), how the program has viewed it since (`w.T`, `w.reshape(heads, dim, width)`, a layer of a scanned
-stack), and how to do that. What is done to a parameter happens where it is used: in the body of the loop or of
-the rematerialised function, layer by layer. An equation that neither reads a `Leaf` nor holds a
+functions; no jaxpr is ever built here. A parameter travels as a `Leaf`: its value as it was given (an array
+or a QTensor), how the program has viewed it since (`w.T`, `w.reshape(heads, dim, width)`, a layer of a
+scanned stack), and how to do that. What is done to a parameter happens where it is used: in the body of the
+loop or of the rematerialised function, layer by layer. An equation that neither reads a `Leaf` nor holds a
 `checkpoint_name` is bound as it stands.
 
 One mechanism, four uses:
@@ -29,9 +29,9 @@ from jax.extend import core
 from mojax import loops, packed
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.graph import meeting
 from mojax.leaf import Base, Leaf, Path, take_row
 from mojax.rules import RULES, Call, Dot, Move, Rules
+from mojax.structure.graph import meeting
 from mojax.trace import body, line, opened, trace
 from mojax.view import View
 
@@ -83,8 +83,8 @@ def intercept(
     result, replaces it. A tap is any pytree of arrays. A hook may be called more than once for one place (JAX
     traces loop bodies again), so it should be pure.
 
-    Taps of a scan are stacked along a new first axis. With `merge` only those of a parameter are of which each
-    step reads one row; the others are merged. Taps of a branch that is not taken are zeros. A custom
+    Taps of a scan are stacked along a new first axis. With `merge` only those of a parameter are, of which
+    each step reads one row; the others are merged. Taps of a branch that is not taken are zeros. A custom
     derivative rule of a function that holds a place gives way to that of its body.
 
     Args:
@@ -214,7 +214,7 @@ class Walk:
         leaf, *rest = inputs
         if not isinstance(leaf, Leaf) or any(isinstance(x, Leaf) for x in rest):
             return bind(eqn, self.arrays(inputs, eqn))
-        if row := take_row(leaf, eqn, rest):
+        if row := take_row(leaf, eqn, rest, tuple(eqn.outvars[0].aval.shape)):
             return [row]
         shapes = [tuple(v.aval.shape) for v in eqn.outvars]
         views = rule.views(eqn.primitive.name, eqn.params, shapes, leaf.view)
@@ -261,7 +261,7 @@ class Walk:
                 return packed.run(rule, eqn.params, dims, side, there, here, others, eqn.outvars[0].aval)
             pair = [here, self.array(there, eqn)] if side else [self.array(there, eqn), here]
             if eqn.primitive.name == "ragged_dot_general":
-                return packed.grouped(dims, *pair, *others, eqn.outvars[0].aval.dtype)
+                return packed.grouped(dims, pair[0], pair[1], others[0], eqn.outvars[0].aval.dtype)
             return bind(eqn, [*pair, *others])[0]
 
         groups = None if rule.groups is None else inputs[rule.groups]
@@ -296,8 +296,8 @@ def fitting(name: str, new: Any, old: Any) -> Any:
     """What a hook gives, if it has the shape and dtype of what it replaces."""
     if (new.shape, new.dtype) != (old.shape, old.dtype):
         raise InputError(
-            f"{name}: the hook replaced {old.dtype}{list(old.shape)} by {new.dtype}{list(new.shape)}; return the "
-            "same shape and dtype"
+            f"{name}: the hook replaced {old.dtype}{list(old.shape)} by {new.dtype}{list(new.shape)}; "
+            "return the same shape and dtype"
         )
     return new
 

@@ -63,9 +63,9 @@ def wrap(values: Sequence, like: Sequence) -> list:
     return [x.again(v) if isinstance(x, Leaf) else v for v, x in zip(values, like, strict=True)]
 
 
-def take_row(leaf: Leaf, eqn: Any, rest: list) -> Leaf | None:
+def take_row(leaf: Leaf, eqn: Any, rest: list, shape: tuple[int, ...]) -> Leaf | None:
     """One row of a stack that the program takes by index, if that is what `eqn` does."""
-    base, name, shape = leaf.base, eqn.primitive.name, eqn.outvars[0].aval.shape
+    base, name = leaf.base, eqn.primitive.name
     if not base.stacks or leaf.chain or name not in ("slice", "dynamic_slice"):
         return None
     if shape != (1, *base.value.shape[1:]) or leaf.view.axes[0] == ():

@@ -1,4 +1,4 @@
-"""Loops, branches, rematerialised and sharded functions, run again with a hook inside; see `mojax.interpret`."""
+"""Loops, branches, rematerialised and sharded functions, run again with a hook inside."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def while_loop(walk: Walk, eqn: Any, inputs: list, path: Path) -> Result:
         outputs, taps = walk.run(jaxpr, [*fresh(consts), *carry], (*path, i))
         if taps and (walk.merge is None or i == 0):
             raise InputError(
-                f"{', '.join(taps)}: tapped inside a while_loop, which has no fixed number of steps; return no "
-                "tap for it, say how two taps merge (and not in its condition), or write it as a scan"
+                f"{', '.join(taps)}: tapped inside a while_loop, which has no fixed number of steps; return "
+                "no tap for it, say how two taps merge (and not in its condition), or write it as a scan"
             )
         return walk.arrays(outputs), taps
 

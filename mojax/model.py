@@ -20,6 +20,7 @@ from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
 from mojax.header import Entry
 from mojax.models.layers import Block
+from mojax.reads import reads
 
 INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
 
@@ -56,8 +57,8 @@ class Model:
     Attributes:
       config: config.json.
       params: tensors by checkpoint name, Hugging Face `[out, in]` layout, experts of a layer as one leaf
-        (`mojax.experts`); encoded weights are `QTensor`, and `<module>.input_scale` is the float32 maximum of a
-        statically quantized input.
+        (`mojax.experts`); encoded weights are `QTensor`, and `<module>.input_scale` is the float32 maximum of
+        a statically quantized input.
       family: the module `mojax.models.<model_type>`; None when only the tensors are known (`generic`).
       checkpoint: the files it was read from, if any.
       schemes: how each encoded linear runs, by module name; empty for a model in full precision.
@@ -125,7 +126,7 @@ class Model:
 
     def outside(self, part: Literal["embed", "head"]) -> dict[str, jax.Array]:
         """The parameters that the family's `embed` or `head` reads, decoded and on the device."""
-        params = jax.device_put({n: self.params[n] for n in _reads(self._family, self.hyper, part)})
+        params = jax.device_put({n: self.params[n] for n in reads(self._family, self.hyper, part)})
         return params | decode({n: leaf for n, leaf in params.items() if isinstance(leaf, QTensor)})
 
     def head_program(self) -> Program:
@@ -178,43 +179,6 @@ class Model:
 
     def __call__(self, tokens: Any) -> jax.Array:
         return self.apply(self.params, tokens)
-
-
-class _Reader(Mapping[str, Any]):
-    """A mapping that remembers which of its values were asked for."""
-
-    def __init__(self, params: Mapping[str, Any]):
-        self.params = params
-        self.asked: dict[str, None] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        self.asked[name] = None
-        return self.params[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.params)
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-
-@functools.lru_cache
-def _reads(family: ModuleType, config: Any, part: Literal["embed", "head"]) -> tuple[str, ...]:
-    """The names of the tensors that `embed` or `head` of a family reads."""
-    asked: list[str] = []
-
-    def run(params: Mapping[str, Any], *args: Any) -> Any:
-        reader = _Reader(params)
-        out = getattr(family, part)(config, reader, *args)
-        asked.extend(reader.asked)
-        return out
-
-    bf16 = jnp.dtype(jnp.bfloat16)  # names alone are wanted, any dtype does
-    params = {name: jax.ShapeDtypeStruct(shape, bf16) for name, shape in family.shapes(config).items()}
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    x = tokens if part == "embed" else jax.eval_shape(functools.partial(family.embed, config), params, tokens)
-    jax.eval_shape(run, params, x)
-    return tuple(asked)
 
 
 def wide(entry: Entry) -> bool:
@@ -365,7 +329,7 @@ def _check_shapes(model: Model) -> None:
 
 
 def linears(model: Model, names: Mapping[str, Any]) -> list[str]:
-    """The modules that may be encoded: weights `[out, in]` of the blocks, experts' too, and an untied head."""
+    """The modules that may be encoded: weights `[out, in]` of the blocks, experts too, and an untied head."""
     if model.family is None:
         found = [n for n in names if n.endswith((".weight", ".weight_packed")) and "embed" not in n]
         return sorted({n.rsplit(".", 1)[0] for n in found if len(_shape(names, n)) == 2})
@@ -403,12 +367,12 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
             for suffix in dialect.SUFFIXES:
                 leaves.pop(name + suffix, None)
 
-        def read(m: str = module, s: Scheme = scheme) -> tuple[Any, Any]:
-            return experts.read(m, count[m], lambda n: dialect.read(n, files.__getitem__, s, model.dtype))
+        def one(name: str, s: Scheme = scheme) -> tuple[QTensor, np.float32 | None]:
+            return dialect.read(name, files.__getitem__, s, model.dtype)
 
-        leaves[module + ".weight"] = lambda read=read: read()[0]
+        leaves[module + ".weight"] = functools.partial(experts.read, module, count[module], one)
         if scheme.inputs is not None and scheme.inputs.static:
-            leaves[module + INPUT] = lambda read=read: read()[1]
+            leaves[module + INPUT] = functools.partial(experts.maximum, module, count[module], one)
     if said.cache is not None:
         key = dialect.cache_names("")[0]
         for attention in [n.removesuffix(key) for n in files if n.endswith(key)]:

@@ -1,7 +1,7 @@
 """Operations of a program as calls of kernels: all those on packed parameters, and ragged_dot.
 
-A kernel takes matrices `[*batch, out, in]`. The input is brought into that order and the result out of it; the
-codes are never unpacked here. What a kernel cannot take is an error, not an array.
+A kernel takes matrices `[*batch, out, in]`. The input is brought into that order and the result out of it;
+the codes are never unpacked here. What a kernel cannot take is an error, not an array.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jax import lax
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
 from mojax.formats.leaf import axes, matrices, rows
-from mojax.graph import meeting
 from mojax.kernels.conv import conv
 from mojax.kernels.grouped_matmul import grouped_matmul
 from mojax.kernels.matmul import matmul
 from mojax.kernels.take import take
 from mojax.leaf import Leaf
 from mojax.rules import Dims, Dot
+from mojax.structure.graph import meeting
 from mojax.view import Atom, View
 
 
@@ -57,7 +57,7 @@ def run(
     if rule.op not in ("dot", "ragged_dot") or (side == 0 and rule.op == "ragged_dot"):
         _refuse(leaf, q, f"meets {rule.op}")
     q, order = _matrices(leaf, q, dims)
-    summed, partners = meeting(dims, leaf.view)
+    _, partners = meeting(dims, leaf.view)
     batch = sorted(range(len(dims.batch)), key=lambda i: leaf.view.order(dims.batch[i]))
     paired = [p for i in batch if (p := dims.paired[i]) is not None]
     free = [d for d in range(x.ndim) if d not in (*partners, *paired)]

@@ -56,18 +56,21 @@ def apply(model: Model, plan: Plan, stats: Mapping[str, Mapping[str, Any]]) -> M
     """The model with its weights encoded as the plan says. Pure: the given model is unchanged."""
     params: dict[str, Any] = dict(model.params)
     for block in (None, *model.blocks):
-        params |= apply_block(model, plan, block, stats)
+        prefix = block.prefix if block else ""
+        mine = {r.name: params[r.name] for r in plan.rows if r.block == prefix}
+        params |= apply_block(plan, block, stats, mine)
     return dataclasses.replace(model, params=params, schemes=plan.schemes, cache=plan.cache)
 
 
 def apply_block(
-    model: Model, plan: Plan, block: Block | None, stats: Mapping[str, Mapping[str, Any]]
+    plan: Plan, block: Block | None, stats: Mapping[str, Mapping[str, Any]], params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The leaves of one block (None: of what is outside the blocks) that the plan's steps change or add."""
-    prefix = block.prefix if block else ""
-    context = plan.context(block)
-    params = {r.name: model.params[r.name] for r in plan.rows if r.block == prefix}
-    changed = dict(plan.step.apply(params, stats, context))
+    """The leaves of one block (None: of what is outside the blocks) that the plan's steps change or add.
+
+    Args:
+      params: the leaves of that block.
+    """
+    changed = dict(plan.step.apply(params, stats, plan.context(block)))
     for name in plan.observed(block) if block else ():
         if name.endswith("_cache"):
             changed[name + INPUT] = static_maximum(name, stats)
@@ -137,7 +140,7 @@ def optimize(
         worst=evaluation.worst(checked.errors),
         seconds=round(time.monotonic() - begun, 3),
         peak_rss_bytes=evaluation.peak_rss(),
-        notes=(*report.notes, *checked.notes),
+        notes=(*report.notes, *checked.notes, *calibration.coverage(writer.counts)),
     )
     model_card.write(writer.partial, model.checkpoint.folder, report, todo)
     if broken is not None:
@@ -209,9 +212,11 @@ def _write_units(writer: Writer, seen: text.Tokens | None, say: Say, interrupted
         stats: Mapping[str, Any] = {}
         if block is not None and seen is not None and any(not writer.done(u) for u in writer.units[i:]):
             xs, stats = calibrate_block(model, block, xs, todo.observed(block), todo.needs)
+            if counts := calibration.tokens_per_expert(stats):
+                writer.remember(counts)
         if not writer.done(unit):
             params = unit_params(model, unit)
-            writer.write(unit, params | apply_block(model, todo, block, stats))
+            writer.write(unit, params | apply_block(todo, block, stats, params))
         say(_progress(i + 1, len(writer.units), unit, time.monotonic() - begun))
         if interrupted():
             raise Interrupted

@@ -22,7 +22,7 @@ def table(plan: Plan, *, every: bool = False) -> str:
         shape = "x".join(map(str, r.shape))
         shared = r.shared.split(".", 3)[-1] if r.shared and r.shared != r.name else ""
         totals = lines.setdefault((name, r.role, shape, r.dtype.name, how, shared), [0, 0, 0])
-        for i, value in enumerate((1, r.before, r.after)):
+        for i, value in enumerate((len(r.names), r.before, r.after)):
             totals[i] += value
     head = (
         "tensor",
@@ -78,6 +78,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     rows = [
         {
             "tensor": r.name,
+            "experts": r.shape[0] if len(r.names) > 1 else None,
             "role": r.role,
             "shape": list(r.shape),
             "dtype": r.dtype.name,

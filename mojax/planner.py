@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import find, fusing, trace
+from mojax import experts, find, fusing, trace
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, Scheme
 from mojax.model import Model
@@ -25,17 +25,18 @@ from mojax.transforms.base import Context, Transform, placed
 TARGETS = ("vllm", "sglang", "trtllm", "transformers")
 SMOOTHED = "absorbs smoothing scales"  # the reason of a row that a step rewrites
 ROUTERS = ("*.gate.weight", "*router*")  # kept where no family says what to keep
+READS = ("dot", "ragged_dot")  # operations that read a linear's weight
 OUTPUTS = ("report.json", "mojax.json", "hf_quant_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of the source and what becomes of it.
+    """One tensor of the source, or one of every expert of a layer, and what becomes of it.
 
     Attributes:
-      name: the checkpoint's name.
+      name: the checkpoint's name, experts as `*`.
       role: linear, embedding, head, norm, bias or other.
-      shape, dtype: in the source.
+      shape, dtype: in the source; `[experts, out, in]` where the name has a star.
       block: the prefix of its block, "" outside the blocks.
       scheme: the formats of weight and input; None for a tensor that is kept.
       shared: an id for the tensors that share one outer scale, "" for none.
@@ -53,6 +54,16 @@ class Row:
     before: int
     after: int
     reason: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the source."""
+        return experts.expand(self.name, self.shape[0] if self.shape else 1)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of one of them."""
+        return self.shape[1:] if experts.starred(self.name) else self.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +84,18 @@ class Plan:
         """By module, what is encoded."""
         return {r.name.removesuffix(".weight"): r.scheme for r in self.rows if r.scheme is not None}
 
-    @property
+    @functools.cached_property
+    def modules(self) -> dict[str, Scheme]:
+        """The same by the names in the files, every expert by itself."""
+        return experts.spread(self.schemes, {r.name: r.shape for r in self.rows if r.scheme is not None})
+
+    @functools.cached_property
     def needs(self) -> tuple[str, ...]:
         """The statistics that must be calibrated; none means that no data is needed."""
         static = any(s.inputs is not None and s.inputs.static for s in self.schemes.values()) or self.cache
-        return tuple(dict.fromkeys([*self.step.needs, *(["absmax"] if static else [])]))
+        needs = [*self.step.needs, *(["absmax"] if static else [])]
+        counted = needs and any(experts.starred(m) for m in self.schemes)  # which experts saw tokens
+        return tuple(dict.fromkeys([*needs, *(["count"] if counted else [])]))
 
     @property
     def bytes_before(self) -> int:
@@ -122,7 +140,7 @@ class Plan:
         out = {}
         for s in context.sites:
             wanted = s.weight.removesuffix(".weight") in context.schemes
-            if (s.op == "dot" and wanted) or (s.op == "cache" and self.cache is not None):
+            if (s.op in READS and wanted) or (s.op == "cache" and self.cache is not None):
                 out[s.weight] = first.setdefault(s.group, s.weight)
         return out
 
@@ -172,10 +190,13 @@ class _Planner:
     def __init__(self, model: Model, recipe: Recipe, dialect: ModuleType, target: str):
         self.model, self.recipe, self.dialect, self.target = model, recipe, dialect, target
         assert model.checkpoint is not None
-        self.files = model.checkpoint
+        self.files = model.tensors
+        self.folder = model.checkpoint.folder
         self.problems: list[str] = []
         self.keep: tuple[str, ...] = getattr(model.family, "KEEP", ()) if model.family else ROUTERS
         self.sites, self.roles = self._trace()
+        prefixes = [(b.prefix, s) for b in model.blocks for s in self.sites.get(b.kind, ())]
+        self.routers = frozenset(prefix + s.weight for prefix, s in prefixes if s.router)
 
     def plan(self) -> Plan:
         step = resolve_steps(self.recipe)
@@ -190,7 +211,7 @@ class _Planner:
                 "nothing would be quantized: every tensor is kept; see `mojax plan` without --keep"
             )
         for name in OUTPUTS:
-            if (self.files.folder / name).exists():
+            if (self.folder / name).exists():
                 self.problems.append(
                     f"{name}: the source has a file of this name, which the output writes; remove it"
                 )
@@ -205,7 +226,7 @@ class _Planner:
     def _config(self, made: Plan) -> None:
         """What the dialect cannot say in one config, before hours of work."""
         try:
-            self.dialect.config(made.schemes, (), made.cache)
+            self.dialect.config(made.modules, (), made.cache)
         except InputError as error:
             self.problems.append(str(error))
 
@@ -232,7 +253,7 @@ class _Planner:
             roles[s.weight] = "embedding"
         for block in model.blocks:
             sites[block.kind] = model.sites(block)
-            roles |= {block.prefix + s.weight: "linear" for s in sites[block.kind] if s.op == "dot"}
+            roles |= {block.prefix + s.weight: "linear" for s in sites[block.kind] if s.op in READS}
         return sites, roles
 
     def _struct(self, name: str) -> jax.ShapeDtypeStruct:
@@ -265,17 +286,20 @@ class _Planner:
             if trouble:
                 self.problems.append(trouble)
             else:
-                parts = self.dialect.layout(name.removesuffix(".weight"), shape, dtype, scheme)
-                after = sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in parts.values())
+                count, matrix = _apart(name, shape)
+                parts = self.dialect.layout(name.removesuffix(".weight"), matrix, dtype, scheme).values()
+                after = count * sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in parts)
         return Row(name, role, tuple(shape), np.dtype(dtype), prefix, scheme, "", before, after, reason)
 
     def _trouble(self, name: str, dtype: np.dtype, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Why this tensor cannot be encoded, written or loaded so, or None."""
-        if refusal := self.dialect.check(scheme, self.target, dtype):
+        if refusal := self.dialect.check(scheme, self.target, dtype, experts.starred(name)):
             return refusal
-        if indivisible := scheme.weights.check(shape):
+        _, matrix = _apart(name, shape)
+        if indivisible := scheme.weights.check(matrix):
+            keep = name.split("*")[0] + "*" if experts.starred(name) else name
             return (
-                f"{name}: {indivisible} ({scheme.weights.label}); add --keep={name}, or use "
+                f"{name}: {indivisible} ({scheme.weights.label}); add --keep={keep}, or use "
                 "a format that divides it"
             )
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
@@ -286,7 +310,7 @@ class _Planner:
                 "use a format with dynamic inputs, or none"
             )
         try:
-            self.dialect.layout(name.removesuffix(".weight"), shape, dtype, scheme)
+            self.dialect.layout(name.removesuffix(".weight"), matrix, dtype, scheme)
         except InputError as error:
             return str(error)
         return None
@@ -294,7 +318,8 @@ class _Planner:
     def _scheme(self, name: str, role: str) -> tuple[Scheme | None, str]:
         """The formats of a tensor, or why it is kept; trouble becomes a problem."""
         try:
-            scheme, reason = decide(self.recipe, name, role, self.keep, self.dialect.ARITHMETIC)
+            keep = (*self.keep, name) if name in self.routers else self.keep
+            scheme, reason = decide(self.recipe, name, role, keep, self.dialect.ARITHMETIC)
         except InputError as error:
             self.problems.append(str(error))
             return None, "unresolved"
@@ -342,13 +367,28 @@ class _Planner:
     def _unmatched(self) -> None:
         ends = {re.sub(r"^.*\.\d+\.", "*.", name) for name in self.files}
         for rule in self.recipe.rules:
-            if (
-                not rule.shipped
-                and not rule.optional
-                and not any(fnmatchcase(n, rule.match) for n in self.files)
-            ):
+            if rule.shipped or any(fnmatchcase(n, rule.match) for n in self.files):
+                continue
+            if said := self._one_expert(rule.match):
+                self.problems.append(said)
+            elif not rule.optional:
                 known = ends if rule.match.startswith("*") else self.files
                 self.problems.append(f"{rule.match}: this rule matches no tensor{nearest(rule.match, known)}")
+
+    def _one_expert(self, glob: str) -> str | None:
+        """Why a rule for some experts of a layer cannot be followed; None if it does not name experts."""
+        stars = ((n, self.files.spec(n).shape[0]) for n in self.files if experts.starred(n))
+        found = (n for n, count in stars if any(fnmatchcase(e, glob) for e in experts.expand(n, count)))
+        leaf = next(found, None)
+        return leaf and (
+            f"{glob}: names some experts of a layer, and servers run all of them alike; name all of them, "
+            f"{leaf}, with the star for their numbers"
+        )
+
+
+def _apart(name: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """How many tensors of the source a name stands for, and the shape of one."""
+    return (shape[0], shape[1:]) if experts.starred(name) else (1, shape)
 
 
 def data_free() -> list[str]:

@@ -63,6 +63,15 @@ def resolve_steps(recipe: Recipe) -> Transform:
     """The steps of a recipe as one transform.
 
     Raises:
+      InputError: as `made_steps`.
+    """
+    return chain(*made_steps(recipe))
+
+
+def made_steps(recipe: Recipe) -> tuple[Transform, ...]:
+    """The steps of a recipe, each a transform; the last one encodes.
+
+    Raises:
       InputError: an unknown step or option, a value of the wrong type, or no order in which weights end up
         encoded.
     """
@@ -83,4 +92,4 @@ def resolve_steps(recipe: Recipe) -> Transform:
         raise InputError(
             f"steps: found [{said}]; exactly one step must encode the weights (rtn), and it must be the last"
         )
-    return chain(*steps)
+    return tuple(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,9 @@ import jax
 from jax.extend import core
 
 from mojax.errors import InputError
-from mojax.flow import Flow
-from mojax.graph import Graph, Node, Op, Read, read
 from mojax.rules import RULES, Call, Move, Rules
+from mojax.structure.flow import Flow
+from mojax.structure.graph import Graph, Node, Op, Read, read
 from mojax.view import Shape, View
 
 
@@ -34,14 +35,15 @@ class Site(NamedTuple):
         flattened. Where it has the first axes of `batch` too (layers of the same scan, the same experts),
         they come first, and so s has the shape [*batch, channels]; if not, s is the same for all of them.
         Between it and the group are only products with other values, biases, sums over keys (values of
-        attention), casts and reshapes. None if the input, a factor or one of the weights is used outside the
-        group too, or where a part of an axis is read.
+        attention), casts and reshapes; named values ("cache") there are scaled too. None if the input, a
+        factor or one of the weights is used outside the group too, or where a part of an axis is read.
       batch: the axes of the parameter along which every entry is a matrix of its own: experts that have their
         own rows, layers of a scan; ascending.
       router: its output decides a top-k.
       channels: how input channels meet the producer's, as factors (size, whether the producer has it) of the
-        flattened channels, outermost first; () is one to one. Values of grouped attention reach the output
-        projection as ((kv_heads, True), (heads / kv_heads, False), (head_dim, True)).
+        flattened channels, outermost first; () is one to one, with nothing but products and casts between.
+        Values of attention reach the output projection as ((heads * head_dim, True),), those of grouped
+        attention as ((kv_heads, True), (heads / kv_heads, False), (head_dim, True)).
       line: where the user wrote it, `model.py:12`, or "".
       also: what has to be divided by s beside the producer: the bias that is added to what it makes.
     """
@@ -105,7 +107,7 @@ def graph_sites(program: Graph, rules: Rules = RULES) -> tuple[Site, ...]:
 def graph(
     fn: Callable, params: Mapping[str, Any], *args: Any, rules: Rules = RULES, views: bool = True
 ) -> Graph:
-    """The program of `fn(params, *args)`; see `mojax.graph`.
+    """The program of `fn(params, *args)`; see `mojax.structure.graph`.
 
     Args:
       views: False leaves transposes, reshapes and slices in the list as operations, and every node its own
@@ -298,7 +300,14 @@ def line(eqn: Any) -> str:
     """Where the user wrote an equation: the innermost frame that is not of a library, `file.py:12`."""
     found = eqn.source_info.traceback
     frames = ((f.file_name, f.line_num) for f in (found.frames if found else ()))
-    return next((f"{Path(name).name}:{number}" for name, number in frames if users(name)), "")
+    return next((f"{_called(name)}:{number}" for name, number in frames if users(name)), "")
+
+
+def _called(file: str) -> str:
+    """A file's name; a cell of a notebook is `In[3]`, as in its tracebacks."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cell = shell.compile.format_code_name(file) if shell else None
+    return cell[1] if cell else Path(file).name
 
 
 def users(file: str) -> bool:
@@ -309,7 +318,7 @@ def users(file: str) -> bool:
 def _blamed(error: BaseException) -> str:
     """The user's line that an error came through."""
     steps = traceback.extract_tb(error.__traceback__)
-    return next((f"{Path(s.filename).name}:{s.lineno}" for s in reversed(steps) if users(s.filename)), "")
+    return next((f"{_called(s.filename)}:{s.lineno}" for s in reversed(steps) if users(s.filename)), "")
 
 
 def shape(v: Any) -> Shape:

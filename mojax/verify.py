@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mojax import checkpoint, model
+from mojax import checkpoint, experts, model
 from mojax.converters import base as dialects
 from mojax.distance import folded, weight_errors
 from mojax.errors import InputError
@@ -106,6 +106,7 @@ class _Check:
         self.dialect = dialect
         self.differences: list[str] = []
         self.notes: list[str] = []
+        self.encoded = frozenset(experts.spread(out.schemes, out.shapes))  # by the names in the files
         self.broken = False  # a tensor is missing or misshapen: its weight cannot be decoded
         if plan is not None and set(plan.schemes) != set(out.schemes):
             odd = sorted(set(plan.schemes) ^ set(out.schemes))
@@ -153,7 +154,11 @@ class _Check:
         if not self.dialect.WRITES:
             return {}
         shape = self.out.params[module + ".weight"].shape
-        return self.dialect.layout(module, shape, self.out.dtype, self.out.schemes[module])
+        names = experts.expand(module, shape[0])
+        parts = [
+            self.dialect.layout(name, shape[-2:], self.out.dtype, self.out.schemes[module]) for name in names
+        ]
+        return {name: spec for part in parts for name, spec in part.items()}
 
     def _scales(self, module: str, q: QTensor) -> None:
         for level, scale in q.scales.items():
@@ -169,6 +174,7 @@ class _Check:
         """Every linear is encoded or in the ignore list; a tied head has no tensor but must be there too."""
         known = self.out.family is not None
         linears = model.linears(self.out, self.files_out) if known else []
+        linears = list(experts.spread(dict.fromkeys(linears), self.out.shapes))
         tied = self.out.config.get("tie_word_embeddings", True) or "lm_head.weight" in self.files_out
         if "lm_head" not in linears and (known or tied):
             linears = [*linears, "lm_head"]
@@ -196,10 +202,14 @@ class _Check:
         apart = []
         for format, names in _fused(self.out):
             scales = {n: self.out.params[n].scales for n in names}
-            outer = {n: np.float32(s["outer"]) for n, s in scales.items() if "outer" in s}
-            if len(set(outer.values())) <= 1:
+            outer = {n: np.float32(s["outer"]).reshape(-1) for n, s in scales.items() if "outer" in s}
+            every = np.stack(list(outer.values())) if outer else np.zeros((1, 1), np.float32)
+            differ = np.flatnonzero((every != every[:1]).any(axis=0))
+            if not differ.size:
                 continue
-            said = ", ".join(f"{n} {v:.6g}" for n, v in outer.items())
+            i = int(differ[0])
+            said = ", ".join(f"{n.replace('*', str(i))} {v[i]:.6g}" for n, v in outer.items())
+            said += f" (and {len(differ) - 1} more experts)" if len(differ) > 1 else ""
             if format.fused:
                 self.differences.append(
                     f"a server fuses these and reads one outer scale for all, they differ: {said}"
@@ -219,7 +229,7 @@ class _Check:
         rewritten = {f.producer for found in folded(self.out, self.source).values() for f in found}
         known = set(files)
         for name in files:
-            if name.removesuffix(".weight") in self.out.schemes and name.endswith(".weight"):
+            if name.removesuffix(".weight") in self.encoded and name.endswith(".weight"):
                 known.discard(name)
                 continue
             if name not in self.files_out:
@@ -232,7 +242,7 @@ class _Check:
             module = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
             if (
                 name not in known
-                and module not in self.out.schemes
+                and module not in self.encoded
                 and not name.endswith((".k_scale", ".v_scale"))
             ):
                 self.differences.append(f"{name}: is neither in the source nor part of an encoded tensor")

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mojax import checkpoint
+from mojax import checkpoint, experts
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
 from mojax.model import INPUT, Model
 from mojax.planner import OUTPUTS, Plan, Row
 
 RECORD = "mojax.json"  # the facts; older than anything else in OUT.partial, so its time is when the run began
+COUNTS = "tokens_per_expert"  # in the record, by layer
 OURS = (RECORD, "report.json", "README.md")  # not among the files whose digests are recorded
 
 
@@ -71,8 +72,10 @@ class Writer:
         if self.source is not None:
             _outside(out, self.source.folder)
         self.facts = json.loads(json.dumps(dict(facts) | {"max_shard_size": max_shard_size}))
+        self.counts: dict[str, list[int]] = {}
         if self.partial.exists():
-            _same(self.partial, self.facts, self.source)
+            self.counts = _same(self.partial, self.facts, self.source)
+            self.facts |= {COUNTS: self.counts} if self.counts else {}
         _room(out, plan.bytes_after, self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._record(self.facts)
@@ -81,6 +84,18 @@ class Writer:
         path = self.partial / RECORD
         if not path.exists() or checkpoint.read_json(path) != facts:
             checkpoint.write_text(path, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+    def remember(self, counts: Mapping[str, list[int]]) -> None:
+        """Keep how many tokens the experts of some layers saw, for a run that goes on from here."""
+        self.counts = self.counts | dict(counts)
+        self.facts[COUNTS] = self.counts
+        self._update()
+
+    def _update(self) -> None:
+        """Write the facts without a change of the time when the run began."""
+        times = (self.partial / RECORD).stat()
+        self._record(self.facts)
+        os.utime(self.partial / RECORD, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     def discard(self) -> None:
         """Remove OUT.partial: the same command could not go on from it."""
@@ -112,11 +127,15 @@ class Writer:
     def _tensors(self, row: Row, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         leaf = params[row.name]
         if row.scheme is None:
-            return {row.name: np.asarray(leaf)}
+            tensors = experts.entries(np.asarray(leaf), row.name)
+            return dict(zip(row.names, tensors, strict=True))
         assert isinstance(leaf, QTensor)
-        module = row.name.removesuffix(".weight")
-        amax = params.get(module + INPUT)
-        return self.plan.dialect.write(module, leaf, row.scheme, None if amax is None else np.float32(amax))
+        amax = params.get(row.name.removesuffix(".weight") + INPUT)
+        amax = None if amax is None else np.float32(amax)
+        tensors = {}
+        for name, q in zip(row.names, experts.entries(leaf, row.name), strict=True):
+            tensors |= self.plan.dialect.write(name.removesuffix(".weight"), q, row.scheme, amax)
+        return tensors
 
     def _cache(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
@@ -138,7 +157,7 @@ class Writer:
             target = self.partial / path.relative_to(self.source.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        files = self.plan.dialect.config(self.plan.schemes, ignored(self.plan), self.plan.cache)
+        files = self.plan.dialect.config(self.plan.modules, ignored(self.plan), self.plan.cache)
         config = dict(self.model.config) | {"quantization_config": files["quantization_config"]}
         checkpoint.write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         for name, content in files.items():
@@ -152,9 +171,7 @@ class Writer:
                     total += entry.stop - entry.start
         checkpoint.write_index(self.partial, weight_map, total)
         self.facts["sha256"] = digests(self.partial)
-        times = (self.partial / RECORD).stat()
-        self._record(self.facts)
-        os.utime(self.partial / RECORD, ns=(times.st_atime_ns, times.st_mtime_ns))
+        self._update()
 
     def rename(self, suffix: str = "") -> Path:
         """The last act: OUT.partial becomes OUT, or OUT.rejected."""
@@ -171,7 +188,7 @@ def ignored(plan: Plan) -> list[str]:
     or not. The embeddings too, in a dialect that lists them.
     """
     kept = [r for r in plan.rows if r.scheme is None and r.name.endswith(".weight")]
-    names = [r.name.removesuffix(".weight") for r in kept if r.role in ("linear", "head")]
+    names = [n.removesuffix(".weight") for r in kept if r.role in ("linear", "head") for n in r.names]
     if "lm_head" not in plan.schemes:
         names.append("lm_head")
     embeddings = [r.name.removesuffix(".weight") for r in kept if r.role == "embedding"]
@@ -204,12 +221,16 @@ def _outside(out: Path, source: Path) -> None:
         )
 
 
-def _same(partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoint | None) -> None:
+def _same(
+    partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoint | None
+) -> dict[str, list[int]]:
+    """Raises InputError where an earlier run differs; else the tokens per expert that it counted."""
     record = partial / RECORD
     if not record.exists():
         raise InputError(f"{partial}: exists, but was not begun by mojax; choose another --out, or remove it")
     found = checkpoint.read_json(record)
     found.pop("sha256", None)
+    counts = found.pop(COUNTS, {})
     differing = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
     if source is not None and not differing:
         begun = record.stat().st_mtime_ns
@@ -221,6 +242,7 @@ def _same(partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoin
             "then to go on, "
             "choose another --out, or remove it to begin again"
         )
+    return counts
 
 
 def _room(out: Path, needed: int, partial: Path) -> None:

@@ -274,5 +274,5 @@ def test_sharded():
     exact = jax.grad(lambda p: fn(p, x).sum())(p)
     np.testing.assert_allclose(grads["up"], exact["up"], rtol=1e-4, atol=1e-4)
     packed = {n: encode_leaf(int8.FORMAT(), w, (n == "down",)) for n, w in p.items()}
-    with pytest.raises(InputError, match="up: is packed .int8. and meets shard_map"):
+    with pytest.raises(InputError, match=r"up: is packed \(int8\) and meets shard_map"):
         intercept(fn, nothing)(packed, x)

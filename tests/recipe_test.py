@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -115,15 +114,13 @@ def test_the_rows_of_the_menu_are_plain_data():
     assert all(row.keys() == facts for row in rows.values())
 
 
-def test_listing_recipes_is_quick_and_imports_no_arrays():
+def test_listing_recipes_imports_no_arrays():
     code = (
         "import sys, mojax.recipe as r; r.menu(); "
         "sys.exit(','.join({'jax', 'numpy', 'ml_dtypes', 'torch'} & set(sys.modules)) or 0)"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 5  # 0.2 s on an idle machine
 
 
 def test_hyphens_are_underscores():
@@ -391,13 +388,11 @@ def test_files_that_are_no_recipes(tmp_path, write):
     assert "Is a directory" in refused(str(tmp_path / "folder.yaml"))
 
 
-def test_an_alias_bomb_costs_nothing(write):
+def test_an_alias_bomb_is_refused_before_it_is_expanded(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
-    began = time.monotonic()
     refused(write("bomb.yaml", "\n".join(lines)))
     refused(write("rules.yaml", "\n".join([*lines, "rules: *a39"])))
-    assert time.monotonic() - began < 2
 
 
 def test_an_alias_may_spare_typing(write):

@@ -65,6 +65,11 @@ FILES = ("mojax.checkpoint", "mojax.writer", "mojax.header", "safetensors")
 TEXT = ("mojax.text", "mojax.tokenizer", "tokenizers", "transformers")
 PLAN = ("mojax.planner", "mojax.recipe", "mojax.document")
 
+INTERPRETER = (
+    *("mojax.errors", "mojax.trace", "mojax.structure.graph", "mojax.rules", "mojax.view", "mojax.leaf"),
+    *("mojax.formats.base", "mojax.kernels"),
+)
+
 # Of `mojax`, a file of this kind imports only these.
 MAY = {
     "mojax.errors": (),
@@ -74,8 +79,14 @@ MAY = {
     "mojax.formats": ("mojax.errors", "mojax.formats"),
     "mojax.models": ("mojax.errors", "mojax.models"),
     "mojax.kernels": ("mojax.errors", "mojax.kernels", "mojax.formats"),
-    "mojax.trace": ("mojax.errors",),
-    "mojax.interpret": ("mojax.errors", "mojax.trace", "mojax.formats.base", "mojax.kernels"),
+    "mojax.view": (),
+    "mojax.rules": ("mojax.view",),
+    "mojax.structure": ("mojax.errors", "mojax.structure", "mojax.rules", "mojax.view"),
+    "mojax.trace": ("mojax.errors", "mojax.structure", "mojax.rules", "mojax.view"),
+    "mojax.leaf": ("mojax.formats.base", "mojax.view"),
+    "mojax.interpret": (*INTERPRETER, "mojax.loops", "mojax.packed"),
+    "mojax.loops": (*INTERPRETER, "mojax.interpret"),
+    "mojax.packed": (*INTERPRETER, "mojax.formats.leaf"),
 }
 # And these never import those.
 NEVER = {

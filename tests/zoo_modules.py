@@ -43,7 +43,7 @@ def attention(query: str, out: str, prefix: str, batch: tuple[int, ...] = ()) ->
     """What is expected of q, k, v [hidden, heads, size] and the output [heads, size, hidden], with biases."""
     first = len(batch)
     found = {f"{prefix}.{n}.kernel": dot(first, batch=batch, producer=ANY) for n in (query, "key", "value")}
-    found[f"{prefix}.{out}.kernel"] = dot(first, first + 1, batch=batch, producer=ANY)
+    found[f"{prefix}.{out}.kernel"] = dot(first, first + 1, batch=batch, producer=ANY, channels=ANY)
     return found | {n.replace("kernel", "bias"): KEPT for n in found}
 
 

@@ -98,7 +98,7 @@ def vit() -> Program:
     layer = {
         **{n: ((d, HEADS, SIZE), after) for n in "qkv"},
         **{f"{n}.b": ((HEADS, SIZE), KEPT) for n in "qkv"},
-        "o": ((HEADS, SIZE, d), dot(0, 1, producer=ANY)),
+        "o": ((HEADS, SIZE, d), dot(0, 1, producer=ANY, channels=ANY)),
         "fc1": ((d, INNER), after),
         "fc1.b": ((INNER,), KEPT),
         "fc2": ((INNER, d), dot(0)),

@@ -50,7 +50,12 @@ class Transform(NamedTuple):
 def placed(sites: Iterable[Site], prefix: str) -> tuple[Site, ...]:
     """The sites of a block under their checkpoint names."""
     return tuple(
-        s._replace(weight=prefix + s.weight, producer=s.producer and prefix + s.producer) for s in sites
+        s._replace(
+            weight=prefix + s.weight,
+            producer=s.producer and prefix + s.producer,
+            also=tuple(prefix + name for name in s.also),
+        )
+        for s in sites
     )
 
 

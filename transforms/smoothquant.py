@@ -60,8 +60,10 @@ def folds(context: Context) -> tuple[Fold, ...]:
     Every reader is encoded, and the producer too, unless it is a norm gain that no rule keeps.
     """
     found: dict[tuple[int, str], list[str]] = {}
+    # More than one scale a row, or more to scale than the rows of one weight.
+    others = {s.group for s in context.sites if s.op != "dot" or s.channels or s.also or s.batch}
     for site in context.sites:
-        if site.op == "dot" and site.producer is not None:
+        if site.producer is not None and site.group not in others:
             found.setdefault((site.group, site.producer), []).append(site.weight)
     encoded = {module + ".weight" for module in context.schemes}
     fixed = context.kept | {site.weight for site in context.sites if site.weight not in encoded}

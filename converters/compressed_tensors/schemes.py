@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mojax.converters.base import Parsed, as_read, label, plain, refusal, section
+from mojax.converters.base import Parsed, as_read, experts_refusal, label, plain, refusal, section
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nvfp4
 from mojax.formats.base import Arithmetic, Format, Scheme
@@ -58,6 +58,32 @@ REASONS = {
     " CompressedTensorsConfig(dequantize=True) works); use --recipe=int4",
 }
 
+# Experts that a server cannot load although it loads the other linears so: (weights, inputs, target) -> why.
+NO_KERNEL = "it has no kernel for experts there; use --recipe=fp8_dynamic, or keep the experts"
+CHANNELS = "it runs int8 experts with one scale per channel and per token only; use --recipe=int8"
+DROPPED = "its reader drops their outer scales and computes nonsense without an error; use --recipe=int4"
+FAILS = "its reader fails on their tensors; use --recipe=int4 or --recipe=fp8_dynamic"
+NPU = "it runs such experts on NPUs only; use --recipe=fp8_dynamic"
+EXPERTS = {
+    ("fp8 tensor", "none", "vllm"): NO_KERNEL,
+    ("fp8 channel", "none", "vllm"): NO_KERNEL,
+    ("fp8 channel", "fp8 tensor", "vllm"): NO_KERNEL,
+    ("int8 channel", "int8 tensor", "vllm"): CHANNELS,
+    ("int8 tensor", "int8 token", "vllm"): CHANNELS,
+    ("int8 tensor", "int8 tensor", "vllm"): CHANNELS,
+    **{("int8 " + w, "int8 " + i, "sglang"): NPU for w in ("tensor", "channel") for i in ("tensor", "token")},
+    **{
+        ("int8 " + w, "int8 " + i, "transformers"): FAILS
+        for w in ("tensor", "channel")
+        for i in ("tensor", "token")
+    },
+    ("fp8 block", "fp8 block", "transformers"): FAILS,
+    ("mxfp8", "mxfp8", "transformers"): FAILS,
+    ("mxfp8", "none", "transformers"): FAILS,
+    ("nvfp4", "nvfp4", "transformers"): DROPPED,
+    ("nvfp4", "none", "transformers"): DROPPED,
+}
+
 
 def _args(bits: int, type: str, strategy: str, dynamic: bool | str = False, **more: Any) -> dict[str, Any]:
     base = {"num_bits": bits, "type": type, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
@@ -90,12 +116,15 @@ INPUTS: dict[Format, dict[str, Any]] = {
 CACHE = fp8.FORMAT(per="tensor")
 
 
-def check(scheme: Scheme, target: str, dtype: Any = None) -> str | None:
+def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False) -> str | None:
     """Why `target` (vllm, sglang, trtllm, transformers) cannot load this scheme in this dialect, or None.
 
     Args:
       dtype: of the checkpoint, where it is known.
+      experts: of a mixture of experts.
     """
+    if experts and (reason := experts_refusal(DIALECT, scheme, target, EXPERTS)):
+        return reason
     narrow = scheme.weights.name in ("nvfp4", "mxfp4", "mxfp8")
     if target == "transformers" and narrow and dtype is not None and dtype != ml_dtypes.bfloat16:
         return (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mojax.converters.base import Parsed, as_read, label, plain, refusal, section
+from mojax.converters.base import Parsed, as_read, experts_refusal, label, plain, refusal, section
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, mxfp4, mxfp8, nvfp4
 from mojax.formats.base import Arithmetic, Format, Scheme
@@ -88,13 +88,20 @@ REASONS = {
     ("mxfp4", "none", "sglang"): "it rejects this algorithm; use --recipe=nvfp4_weight_only",
 }
 
+# Experts that a server cannot load although it loads the other linears so.
+TENSORS = "it reads only one scale per tensor for experts there; use --format=compressed-tensors"
+EXPERTS = {("fp8 channel", "fp8 token", "vllm"): TENSORS, ("fp8 block", "fp8 block", "vllm"): TENSORS}
 
-def check(scheme: Scheme, target: str, dtype: Any = None) -> str | None:
+
+def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False) -> str | None:
     """Why `target` (vllm, sglang, trtllm, transformers) cannot load this scheme in this dialect, or None.
 
     Args:
       dtype: of the checkpoint, where it is known.
+      experts: of a mixture of experts.
     """
+    if experts and (reason := experts_refusal(DIALECT, scheme, target, EXPERTS)):
+        return reason
     if target == "vllm" and scheme.weights.name == "mxfp8" and dtype is not None and dtype == np.float16:
         return (
             f"vllm loads mxfp8 in the {DIALECT} dialect only with bfloat16, and this checkpoint is float16; "

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from mojax.dims import Dim, cut, factor, find, freeze, keep, product, sequence, unify
-from mojax.graph import Op
-from mojax.positions import Positions
+from mojax.structure.dims import Dim, cut, factor, find, freeze, keep, product, sequence, unify
+from mojax.structure.graph import Op
+from mojax.structure.positions import Positions
 
 Array = list[Dim]  # the axes of an array
 

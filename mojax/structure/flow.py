@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mojax.graph import Graph, Node, Op, Read, read, whole
 from mojax.rules import Dot, Rules
+from mojax.structure.graph import Graph, Node, Op, Read, read, whole
 from mojax.view import Atom, View, follow
 
 # Where the channels of a group lie in an array on the way to their producer: its part along every axis in
@@ -191,7 +191,10 @@ class _Walk(NamedTuple):
             dims = dict(enumerate(batch[i])) | {before + n: d for n, d in enumerate(free[i])}
             view = op.inputs[i].view
             inner = _through(path, view, dims)
-            found += [self.operand(op.inputs[i], inner, view.root_axes(contract[i]))] if inner else []
+            source = self.operand(op.inputs[i], inner, view.root_axes(contract[i])) if inner else None
+            if source and not view.root.leaf and not source.channels:  # through attention: say so
+                source = source._replace(channels=((math.prod(a.size for a in path[-1]), True),))
+            found.append(source)
         return next(filter(None, found), None)
 
     def ragged(self, op: Op, path: Path) -> Absorber | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from mojax.couplings import Array, Step, fresh, lost, meet_window, pieces, unknown
-from mojax.dims import Dim, factor, freeze, unify
-from mojax.positions import LOOKUPS
+from mojax.structure.couplings import Array, Step, fresh, lost, meet_window, pieces, unknown
+from mojax.structure.dims import Dim, factor, freeze, unify
+from mojax.structure.positions import LOOKUPS
 
 
 def dot(s: Step) -> list[Array]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mojax.dims import Dim, find, freeze, unify
-from mojax.graph import Node, Op
+from mojax.structure.dims import Dim, find, freeze, unify
+from mojax.structure.graph import Node, Op
 
 PASS = frozenset(
     "transpose squeeze reshape broadcast_in_dim slice dynamic_slice split convert_element_type copy copy_p "

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mojax.contractions import PRODUCTS
-from mojax.couplings import MOVES, Step, fresh, unknown
-from mojax.dims import Dim, Part, freeze, places, unify
-from mojax.graph import Graph, Node, Op
-from mojax.positions import Positions
+from mojax.structure.contractions import PRODUCTS
+from mojax.structure.couplings import MOVES, Step, fresh, unknown
+from mojax.structure.dims import Dim, Part, freeze, places, unify
+from mojax.structure.graph import Graph, Node, Op
+from mojax.structure.positions import Positions
 
 RULES = {**MOVES, **PRODUCTS}
 

@@ -1,8 +1,8 @@
 """A program as a flat list of operations on nodes, and which of them read a parameter.
 
-Calls are inlined; the bodies of loops and branches are there once. A transpose, a reshape, a slice or a cast is
-no operation but a `View` of a root node, so that two dots that contract the same axes of the same root are seen
-to read the same input.
+Calls are inlined; the bodies of loops and branches are there once. A transpose, a reshape, a slice or a cast
+is no operation but a `View` of a root node, so that two dots that contract the same axes of the same root
+are seen to read the same input.
 
 Besides primitives there are: "join" (all its inputs and outputs are one value at one time or another: what a
 loop carries, what branches return), "row" and "stack" (one entry of the first axis, of what a scan reads and

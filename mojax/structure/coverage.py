@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mojax.graph import Graph, Node, Op, read
 from mojax.rules import RULES, Dot, Rules
+from mojax.structure.graph import Graph, Node, Op, read
 
 VERBS = {
     "mul": "multiplies an activation",

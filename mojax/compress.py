@@ -1,0 +1,311 @@
+"""Compressing any JAX function by a recipe: calibrate, fake-quantize, quantize, dequantize, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax import interpret
+from mojax.calibration import STATISTICS, Stats, merged, statistics
+from mojax.choice import PRODUCTS, Choice, Given, missing, resolve, solved
+from mojax.compile import jit
+from mojax.errors import InputError, NotFiniteError
+from mojax.formats.base import QTensor
+from mojax.formats.leaf import canonical, restore
+from mojax.function import INPUT, Function, Layout, checked, module_name, scale_name
+from mojax.kernels.base import decoded
+from mojax.recipe import Recipe
+from mojax.simulate import leading, round_weight
+from mojax.trace import Site
+from mojax.transforms.base import Context, Transform, chain
+
+
+def calibrate(model: Any, recipe: Any, batches: Any, keep: Sequence[str] = ()) -> Stats:
+    """Statistics of every input that a recipe needs, by leaf.
+
+    Args:
+      model: a Function; or a checkpoint's Model, with its Plan and tokens (int32 `[sequences, length]`), see
+        `mojax.pipeline.calibrate`.
+      recipe: a name, a file or a Recipe.
+      batches: tuples of arguments, or single arguments.
+      keep: as for `quantize`.
+    Returns:
+      `stats[leaf][statistic]`: absmax and sumsq float32 `[*batch, in]`, count int64 `[*batch]`, with the
+      experts and layers of a leaf along `batch`; for a convolution `in` is the channels of its input. Where
+      a program reads rows in a way that hides which, all have the statistics of all.
+    Raises:
+      PlanError: the recipe cannot be used, every problem. InputError: there are no batches.
+    """
+    if not isinstance(model, Function):
+        from mojax import pipeline
+
+        return pipeline.calibrate(model, recipe, batches)
+    choice = solved(resolve(model, recipe, keep))
+    if not choice.needs:
+        return Stats()
+    layouts, stacks = choice.layouts, {n: leading(batch) for n, (_, batch) in choice.layouts.items()}
+
+    def tap(place: interpret.Place) -> tuple[None, Any]:
+        seen = place.name in choice.schemes and place.op in PRODUCTS
+        return None, statistics(place, choice.needs) if seen else None
+
+    watched = interpret.intercept(model.flat, tap, merge=merged, stacks=stacks, rules=model.rules)
+    observe = jit()(lambda params, *args: watched(params, *args)[1])
+    leaves = {n: concrete(model, n) for n in model.names}
+    stats = Stats()
+    for args in batches:
+        args = args if isinstance(args, tuple) else (args,)
+        for key, tap_values in observe(leaves, *args).items():
+            name = key if key in choice.schemes else key.rpartition("#")[0]
+            sizes = tuple(model.specs[name].shape[a] for a in layouts[name][1])
+            values = {need: _spread(need, np.asarray(v), sizes) for need, v in tap_values.items()}
+            stats = stats.merge({name: values})
+    if not stats:
+        raise InputError("batches: there are none; give tuples of arguments, as the function takes them")
+    return stats
+
+
+def _spread(need: str, value: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """`value` with the batch axes, that it lacks where the rows could not be told apart."""
+    one = jax.eval_shape(STATISTICS[need].of, jax.ShapeDtypeStruct((1, 1), jnp.float32)).ndim - 1
+    return value if value.ndim == one + len(sizes) else np.broadcast_to(value, (*sizes, *value.shape[-one:]))
+
+
+def fake_quant(
+    model: Function, recipe: str | Recipe, stats: Given | None = None, keep: Sequence[str] = ()
+) -> Function:
+    """The function with weights and inputs rounded where they are used, and straight-through gradients.
+
+    Its params have the same names and shapes, so that a training loop takes it as it is. A scale of a weight
+    follows the weight; a static scale of an input is calibrated if stats are given, else that of the batch
+    at hand. Steps of the recipe before the last one (smoothquant) change the values of params once. A
+    calibrated scale is a leaf with zero gradient: keep it out of weight decay.
+
+    Raises:
+      PlanError: every problem. InputError: not a Function, or one that is packed.
+    """
+    model, stats = _plain(model, stats)
+    choice = resolve(model, recipe, keep)
+    choice.problems.extend(missing(choice, stats, optional=True))
+    solved(choice)
+    params = dict(model.params)
+    if len(choice.steps) > 1:
+        values = {n: concrete(model, n) for n in model.names}
+        params |= _transformed(model, values, choice, chain(*choice.steps[:-1]), stats)
+    params |= {scale_name(n): _maximum(n, stats) for n in choice.static if "absmax" in stats.get(n, ())}
+    return _with(model, params, choice, fake=True)
+
+
+def quantize(
+    model: Function, recipe: str | Recipe, stats: Given | None = None, keep: Sequence[str] = ()
+) -> Function:
+    """The function with QTensor leaves. Calling it runs packed; inputs are rounded as the recipe says.
+
+    Args:
+      model: in full precision, or from `fake_quant` after training.
+      recipe: a name, a file or a Recipe; see `mojax.choice.resolve` for what is kept by default.
+      stats: from `calibrate`; needed for static input scales, and by some steps.
+      keep: globs of leaves to leave as they are.
+    Raises:
+      PlanError: every problem. InputError: not a Function, packed already, or without values.
+    """
+    model, stats = _plain(model, stats)
+    choice = resolve(model, recipe, keep)
+    choice.problems.extend(missing(choice, stats))
+    solved(choice)
+    params = {n: concrete(model, n) for n in model.names}
+    params |= _transformed(model, params, choice, chain(*choice.steps), stats)
+    return _with(model, params, choice, fake=False)
+
+
+def dequantize(model: Function) -> Function:
+    """The function with the values of its QTensors as arrays in their own dtype; inputs are still rounded.
+
+    Raises:
+      InputError: not a Function.
+    """
+    params = {
+        n: decoded(v) if isinstance(v, QTensor) else v for n, v in checked(model, "dequantize").params.items()
+    }
+    return dataclasses.replace(model, params=params)
+
+
+def _plain(model: Any, stats: Given | None) -> tuple[Function, Given]:
+    """The function in full precision; calibrated maxima that it has stand in for statistics."""
+    model = checked(model, "quantize")
+    if packed := [n for n in model.names if isinstance(model.params[n], QTensor)]:
+        raise InputError(f"{packed[0]}: is packed already; call mojax.dequantize(model) first")
+    scales = {n: model.params[scale_name(n)] for n in model.schemes if scale_name(n) in model.params}
+    known = {n: {"absmax": np.asarray(a)[..., None]} for n, a in scales.items()}
+    params = {n: model.params[n] for n in model.names}
+    bare = dataclasses.replace(model, params=params, schemes={}, layouts={}, fake=False, notes={})
+    return bare, known if stats is None else stats
+
+
+def _with(model: Function, params: Mapping[str, Any], choice: Choice, fake: bool) -> Function:
+    return dataclasses.replace(
+        model, params=params, schemes=choice.schemes, layouts=choice.layouts, notes=choice.notes, fake=fake
+    )
+
+
+def concrete(model: Function, name: str) -> Any:
+    """The value of a leaf.
+
+    Raises:
+      InputError: it is only a shape.
+    """
+    if isinstance(model.params[name], jax.ShapeDtypeStruct):
+        raise InputError(f"{name}: is only a shape; use dataclasses.replace(model, params=...) with values")
+    return model.params[name]
+
+
+def _maximum(name: str, stats: Given) -> jax.Array:
+    """The largest input magnitude of each matrix of a leaf, float32 `[*batch]`; of all where one saw none."""
+    top = np.max(np.asarray(stats[name]["absmax"], np.float32), axis=-1)
+    if not np.isfinite(top).all():
+        raise NotFiniteError(f"{name}: its inputs are not finite during calibration; check params and data")
+    return jnp.asarray(np.where(top > 0, top, top.max()))
+
+
+# Transforms see matrices
+
+
+def _transformed(
+    model: Function, params: Mapping[str, Any], choice: Choice, step: Transform, stats: Given
+) -> dict[str, Any]:
+    """The leaves that a transform changes. It sees all as `<module>.weight`, those to encode as matrices."""
+    shown = {n: module_name(n) + ".weight" for n in model.names}
+    back = {s: n for n, s in shown.items()}
+    matrices = {
+        s: canonical(params[n], *choice.layouts[n]) if n in choice.schemes else params[n]
+        for n, s in shown.items()
+    }
+    sites = tuple(_shown(site, shown, choice) for site in model.sites)
+    schemes = {module_name(n): scheme for n, scheme in choice.schemes.items()}
+    kept = frozenset(shown[n] for n in choice.notes)
+    seen = {shown[n]: values for n, values in stats.items() if n in shown}
+    scales = {module_name(n) + INPUT: n for n in choice.schemes}
+    changed: dict[str, Any] = {}
+    for key, value in step.apply(matrices, seen, Context(sites, schemes, (), kept)).items():
+        if key in scales:
+            one_for_all = np.ndim(value) == 0 and choice.layouts[scales[key]][1]
+            changed[key] = _maximum(scales[key], stats) if one_for_all else jnp.asarray(value, jnp.float32)
+            continue
+        if key not in back:
+            raise InputError(f"{key}: a step of the recipe returned this leaf, which the function lacks")
+        name = back[key]
+        changed[name] = _restored(value, model.specs[name].shape, choice.layouts.get(name))
+    return changed
+
+
+def _shown(site: Site, shown: Mapping[str, str], choice: Choice) -> Site:
+    """A site under the names and in the layout that a transform sees."""
+    if site.op == "cache":
+        return site
+    site = site._replace(
+        weight=shown[site.weight],
+        producer=site.producer and shown[site.producer],
+        also=tuple(shown[n] for n in site.also),
+    )
+    n = len(site.batch)
+    encoded = module_name(site.weight) in map(module_name, choice.schemes) and site.op in PRODUCTS
+    return site._replace(contract=(n + 1,), batch=tuple(range(n))) if encoded else site
+
+
+def _restored(value: Any, shape: tuple[int, ...], layout: Layout | None) -> Any:
+    if isinstance(value, QTensor) and layout is not None:
+        return dataclasses.replace(value, shape=tuple(shape), contract=layout[0], batch=layout[1])
+    return value if layout is None else restore(value, tuple(shape), *layout)
+
+
+# Evaluation
+
+
+class Comparison(NamedTuple):
+    """How far a function is from its reference.
+
+    Attributes:
+      rel_error: of the float outputs, norm of the difference / norm of the reference's.
+      loss, loss_reference: means over batches; None without a loss.
+      bits_per_weight: 8 x bytes of all leaves / parameters of the reference.
+      worst: the ten leaves with the largest relative error, `{tensor, rel_error}`.
+    """
+
+    rel_error: float
+    loss: float | None
+    loss_reference: float | None
+    bits_per_weight: float
+    worst: tuple[dict[str, Any], ...]
+
+
+def evaluate(model: Any, reference: Any, batches: Any, loss: Callable | None = None, **options: Any) -> Any:
+    """Compare a model with its reference.
+
+    Args:
+      model: a Function (the result is a Comparison); or a checkpoint's Model, with tokens for batches (the
+        result is a Report, and options are those of `mojax.evaluation.evaluate`).
+      reference: of the same kind, in full precision.
+      batches: tuples of arguments, or single arguments.
+      loss: `loss(outputs, *args)`, a scalar.
+    Raises:
+      InputError: no batches, or the two do not return the same structure.
+    """
+    if not isinstance(model, Function):
+        from mojax import evaluation
+
+        return evaluation.evaluate(model, reference, batches, **options)
+    return _compare(model, checked(reference, "evaluate"), batches, loss)
+
+
+def _compare(
+    model: Function, reference: Function, batches: Iterable[Any], loss: Callable | None
+) -> Comparison:
+    from mojax.evaluation import worst
+
+    far = size = 0.0
+    losses: list[tuple[float, float]] = []
+    count = 0
+    for args in batches:
+        args = args if isinstance(args, tuple) else (args,)
+        got, wanted = model(*args), reference(*args)
+        if jax.tree.structure(got) != jax.tree.structure(wanted):
+            raise InputError("evaluate: the two functions return different structures")
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            if jnp.issubdtype(jnp.result_type(b), jnp.inexact):
+                b = np.asarray(b, np.float64)
+                far, size = far + _square(np.asarray(a, np.float64) - b), size + _square(b)
+        if loss is not None:
+            losses.append((float(loss(got, *args)), float(loss(wanted, *args))))
+        count += 1
+    if not count:
+        raise InputError("batches: there are none; give tuples of arguments, as the function takes them")
+    means = [float(m) for m in np.mean(losses, axis=0)] if losses else [None, None]
+    weights = sum(math.prod(spec.shape) for spec in reference.specs.values())
+    return Comparison(
+        math.sqrt(far / size) if size else math.sqrt(far),
+        means[0],
+        means[1],
+        8 * sum(int(leaf.nbytes) for leaf in model.params.values()) / weights,
+        worst({n: _weight_error(model, reference, n) for n in model.schemes}),
+    )
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.sum(np.square(x)))
+
+
+def _weight_error(model: Function, reference: Function, name: str) -> float:
+    """Relative error of a weight as the function reads it."""
+    w, true = model.params[name], np.asarray(reference.params[name], np.float64)
+    if isinstance(w, QTensor):
+        w = decoded(w)
+    elif model.fake:
+        w = round_weight(model.schemes[name].weights, jnp.asarray(w), *model.layouts[name])
+    error = _square(np.asarray(w, np.float64) - true)
+    return math.sqrt(error / _square(true)) if error else 0.0

@@ -1,0 +1,79 @@
+"""Rounding weights and inputs where a program uses them, with gradients that pass straight through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mojax.formats.base import Format, encode_leaf
+from mojax.interpret import Place
+from mojax.kernels.base import decoded
+
+
+@jax.custom_jvp
+def straight(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`y`, of the shape and dtype of `x`, with the gradient of `x` (straight-through, arXiv 1308.3432)."""
+    return y
+
+
+@straight.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return straight(*primals), tangents[0]
+
+
+def leading(batch: tuple[int, ...]) -> int:
+    """How many of the first axes of a parameter are among `batch`: those that a loop may take rows of."""
+    return next((i for i, axis in enumerate(batch) if axis != i), len(batch))
+
+
+def round_weight(
+    format: Format, w: jax.Array, contract: tuple[int, ...], batch: tuple[int, ...], taken: int = 0
+) -> jax.Array:
+    """A weight encoded and decoded, in its own dtype; the gradient passes.
+
+    Args:
+      w: the parameter, without its first `taken` axes where it is a row of a stack.
+      contract, batch: axes of the whole parameter, as in `QTensor`.
+    """
+    inner = tuple(a - taken for a in contract), tuple(a - taken for a in batch[taken:])
+    return straight(w, decoded(encode_leaf(format, lax.stop_gradient(w), *inner)))
+
+
+def round_input(format: Format, place: Place, amax: Any = None) -> jax.Array:
+    """The input of a place encoded and decoded, blocks along the contracted axes; the gradient passes.
+
+    Args:
+      amax: for a static format, the calibrated maximum: float32 `[]`, or one for every matrix of the
+        parameter, `[*batch]`. None: that of the input at hand.
+    """
+    x, axes = lax.stop_gradient(place.x), place.axes or (place.x.ndim - 1,)
+    rest = [d for d in range(x.ndim) if d not in (*place.paired, *axes)]
+    order = [*place.paired, *rest, *axes]
+    moved = x.transpose(order)
+    rows = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+    rows = format.fake(rows) if amax is None or not format.static else _under(format, rows, amax, place)
+    return straight(place.x, rows.reshape(moved.shape).transpose(np.argsort(order)))
+
+
+def _under(format: Format, rows: jax.Array, amax: Any, place: Place) -> jax.Array:
+    """`rows [*paired, ..., in]` under the maxima of their own matrices."""
+    amax = jnp.asarray(amax, jnp.float32)
+    top = lax.stop_gradient(amax[place.at[: amax.ndim]])
+
+    def fake(x: jax.Array, top: jax.Array) -> Any:
+        return format.fake(x, format.outer(top, x.dtype))
+
+    each: Callable = fake
+    if place.groups is not None and top.ndim == 1 and rows.ndim == 2:
+        ids = jnp.searchsorted(jnp.cumsum(place.groups), jnp.arange(len(rows)), side="right")
+        return jax.vmap(fake)(rows, top[jnp.minimum(ids, len(top) - 1)])
+    if top.ndim != len(place.paired):
+        return fake(rows, top.max())
+    for _ in place.paired:
+        each = jax.vmap(each)
+    return each(rows, top)
