@@ -65,7 +65,7 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
       InputError: no such recipe, or steps that cannot be used.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    recipe = adjusted(recipe, keep=tuple(keep))
+    recipe = adjusted(recipe, keep=(keep,) if isinstance(keep, str) else tuple(keep))
     choice = Choice({}, {}, {}, made_steps(recipe), [])
     places: dict[str, list[Site]] = {}
     for site in model.sites:

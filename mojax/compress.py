@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +59,7 @@ def calibrate(model: Any, recipe: Any, batches: Any, keep: Sequence[str] = ()) -
     observe = jit()(lambda params, *args: watched(params, *args)[1])
     leaves = {n: concrete(model, n) for n in model.names}
     stats = Stats()
-    for args in batches:
-        args = args if isinstance(args, tuple) else (args,)
+    for args in listed(batches):
         for key, tap_values in observe(leaves, *args).items():
             name = key if key in choice.schemes else key.rpartition("#")[0]
             sizes = tuple(model.specs[name].shape[a] for a in layouts[name][1])
@@ -69,6 +68,17 @@ def calibrate(model: Any, recipe: Any, batches: Any, keep: Sequence[str] = ()) -
     if not stats:
         raise InputError("batches: there are none; give tuples of arguments, as the function takes them")
     return stats
+
+
+def listed(batches: Any) -> Iterator[tuple]:
+    """The tuples of arguments of each batch.
+
+    Raises:
+      InputError: one array instead of several batches.
+    """
+    if hasattr(batches, "shape"):
+        raise InputError(f"batches: found one array {list(batches.shape)}; give a list of batches, [x]")
+    return (args if isinstance(args, tuple) else (args,) for args in batches)
 
 
 def _spread(need: str, value: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
@@ -98,8 +108,8 @@ def fake_quant(
     if len(choice.steps) > 1:
         values = {n: concrete(model, n) for n in model.names}
         params |= _transformed(model, values, choice, chain(*choice.steps[:-1]), stats)
-    params |= {scale_name(n): _maximum(n, stats) for n in choice.static if "absmax" in stats.get(n, ())}
-    return _with(model, params, choice, fake=True)
+    maxima = {n: _maximum(n, stats) for n in choice.static if "absmax" in stats.get(n, ())}
+    return dataclasses.replace(_with(model, params, choice, fake=True), maxima=maxima)
 
 
 def quantize(
@@ -142,9 +152,9 @@ def _plain(model: Any, stats: Given | None) -> tuple[Function, Given]:
     if packed := [n for n in model.names if isinstance(model.params[n], QTensor)]:
         raise InputError(f"{packed[0]}: is packed already; call mojax.dequantize(model) first")
     scales = {n: model.params[scale_name(n)] for n in model.schemes if scale_name(n) in model.params}
-    known = {n: {"absmax": np.asarray(a)[..., None]} for n, a in scales.items()}
+    known = {n: {"absmax": np.asarray(a)[..., None]} for n, a in (*model.maxima.items(), *scales.items())}
     params = {n: model.params[n] for n in model.names}
-    bare = dataclasses.replace(model, params=params, schemes={}, layouts={}, fake=False, notes={})
+    bare = dataclasses.replace(model, params=params, schemes={}, layouts={}, maxima={}, fake=False, notes={})
     return bare, known if stats is None else stats
 
 
@@ -271,8 +281,7 @@ def _compare(
     far = size = 0.0
     losses: list[tuple[float, float]] = []
     count = 0
-    for args in batches:
-        args = args if isinstance(args, tuple) else (args,)
+    for args in listed(batches):
         got, wanted = model(*args), reference(*args)
         if jax.tree.structure(got) != jax.tree.structure(wanted):
             raise InputError("evaluate: the two functions return different structures")

@@ -25,6 +25,7 @@ from mojax.errors import InputError, NotFiniteError
 from mojax.experts import Stacked
 from mojax.formats.base import QTensor
 from mojax.model import Lazy, Model, decode, head, run_block
+from mojax.models.layers import Block
 from mojax.threads import each
 
 CHUNK = 2**24  # logits at a time, in elements
@@ -91,13 +92,18 @@ def hidden(model: Model, tokens: np.ndarray, interrupted: Callable[[], bool]) ->
     for block in model.blocks:
         if interrupted():
             raise KeyboardInterrupt
-        params = model.local(block)
-        plain = not any(isinstance(leaf, QTensor) for leaf in params.values())
-        params = jax.device_put(params) if plain else decode(params)
-        program = model.program(block)
-        run = partial(run_block, program, params)
-        xs = [run(xs[0]), *each(run, xs[1:])]  # the first alone, so that it is compiled once
+        xs = through(model, block, xs)
     return xs
+
+
+def through(model: Model, block: Block, xs: list[jax.Array]) -> list[jax.Array]:
+    """Batches of one block's output from those of its input; nothing of the block is held when it returns."""
+    params = model.local(block)
+    plain = not any(isinstance(leaf, QTensor) for leaf in params.values())
+    params = jax.device_put(params) if plain else decode(params)
+    run = partial(run_block, model.program(block), params)
+    out = [run(xs[0]), *each(run, xs[1:])]  # the first alone, so that it is compiled once
+    return jax.block_until_ready(out)  # else the parameters of blocks to come are loaded meanwhile
 
 
 def evaluate(

@@ -38,6 +38,7 @@ class Function:
       rules: what is known of primitives; see `mojax.rules`.
       schemes: by leaf, the formats of a weight and of its inputs; none for a leaf in full precision.
       layouts: of each of these, the axes (contract, batch), as in `mojax.trace.Site`.
+      maxima: of static inputs whose maximum is not among the parameters, so that no training loop changes it.
       fake: whether weights that are arrays are rounded wherever they are read.
       notes: by leaf, why one that could be encoded is not.
     """
@@ -50,6 +51,7 @@ class Function:
     rules: Rules = dataclasses.field(default_factory=lambda: RULES)
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
+    maxima: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fake: bool = False
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -59,7 +61,7 @@ class Function:
 
     def flat(self, params: Mapping[str, Any], *args: Any) -> Any:
         """`fn` of a flat dict of arrays: nothing is rounded."""
-        return self.fn(jax.tree.unflatten(self.tree, [params[n] for n in self.names]), *args)
+        return self.fn(self.nested(params), *args)
 
     @functools.cached_property
     def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -81,16 +83,23 @@ class Function:
         """Of each leaf that has a scheme, how many first axes the program may take rows of."""
         return {n: leading(batch) for n, (_, batch) in self.layouts.items()}
 
-    def apply(self, params: Mapping[str, Any], *args: Any) -> Any:
+    def nested(self, params: Mapping[str, Any]) -> Any:
+        """Flat parameters as the pytree that `fn` was written for; input scales have no place in it."""
+        return jax.tree.unflatten(self.tree, [params[n] for n in self.names])
+
+    def apply(self, params: Any, *args: Any) -> Any:
         """What `fn` returns, with weights and inputs rounded as `schemes` say; QTensors run packed.
 
         Can be jitted, differentiated and sharded like any function of JAX.
 
         Args:
-          params: flat, with the names of `self.params`; a missing input scale is that of the input at hand.
+          params: with the names of `self.params`, or the user's own pytree; a missing input scale is that of
+            the input at hand.
         Raises:
           InputError: a parameter is missing or only a shape, or a QTensor is used where no kernel takes it.
         """
+        if jax.tree.structure(params) == self.tree:
+            params = dict(zip(self.names, jax.tree.leaves(params), strict=True))
         known = {*self.names, *map(scale_name, self.schemes)}
         params = {n: leaf for n, leaf in params.items() if n in known}
         for name in self.names:
@@ -120,7 +129,7 @@ class Function:
             scheme = self.schemes.get(place.name)
             if scheme is None or scheme.inputs is None or place.op in ("gather", "cache"):
                 return None, None
-            amax = params.get(scale_name(place.name))
+            amax = params.get(scale_name(place.name), self.maxima.get(place.name))
             return place.run(x=round_input(scheme.inputs, place, amax)), None
 
         def read(name: str, value: Any) -> Any:
@@ -277,17 +286,19 @@ def coverage(model: Function) -> dict[str, str]:
     return said | {n: f"site: {scheme.label}" for n, scheme in model.schemes.items()}
 
 
-def coupled_axes(model: Function) -> list[list[tuple[str, int]]]:
-    """Axes of leaves that must be cut together, those groups of which units can be cut.
+def coupled_axes(model: Function, *, frozen: bool = False) -> list[axes.Group]:
+    """Groups of axes that must be cut together: each iterates over its pairs (leaf, axis).
 
-    For which entries belong to a unit, and why the others cannot be cut, see `mojax.structure.axes.coupled`.
+    `member.indices(unit)`, of a member of `group.members`, are the entries of its axis that go with a unit.
 
+    Args:
+      frozen: also the groups of which nothing can be cut, with the reasons in `group.frozen`.
     Raises:
       InputError: not a Function.
     """
     f = checked(model, "coupled_axes")
     program = trace.graph(f.flat, f.specs, *f.example, rules=f.rules, views=False)
-    return [list(group.axes) for group in axes.coupled(program) if group.prunable]
+    return [group for group in axes.coupled(program) if frozen or group.prunable]
 
 
 def checked(model: Any, verb: str) -> Function:

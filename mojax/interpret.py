@@ -190,15 +190,15 @@ class Walk:
             return self.run(body(eqn), inputs, path)
         return bind(eqn, self.arrays(inputs, eqn)), {}
 
-    def arrays(self, inputs: Sequence, eqn: Any = None) -> list:
-        return [self.array(x, eqn) if isinstance(x, Leaf) else x for x in inputs]
+    def arrays(self, inputs: Sequence, eqn: Any = None, how: str = "") -> list:
+        return [self.array(x, eqn, how) if isinstance(x, Leaf) else x for x in inputs]
 
-    def array(self, leaf: Leaf, eqn: Any = None) -> Any:
+    def array(self, leaf: Leaf, eqn: Any = None, how: str = "") -> Any:
         """The value of a leaf where it is used by `eqn` (None: where it leaves the function)."""
         value = self.value(leaf.base)
         if isinstance(value, QTensor):
             at = f" at {line(eqn)}" if eqn is not None and line(eqn) else ""
-            where = f"meets {eqn.primitive.name}{at}" if eqn is not None else "leaves the function"
+            where = f"meets {eqn.primitive.name}{how}{at}" if eqn is not None else "leaves the function"
             raise InputError(
                 f"{leaf.base.name}: is packed ({value.format.label}) and {where}, for which there is "
                 "no kernel; keep this parameter as it is, or call mojax.dequantize(model) first"
@@ -249,7 +249,7 @@ class Walk:
         shapes = [tuple(v.aval.shape) for v in eqn.invars]
         dims = rule.dims(eqn.params, shapes, sides[0]) if len(sides) == 1 else None
         if dims is None:  # a product of two parameters, or one in a place that is none
-            return bind(eqn, self.arrays(inputs, eqn)), {}
+            return bind(eqn, self.arrays(inputs, eqn, " with another parameter" * (len(sides) == 2))), {}
         side, leaf, others = sides[0], inputs[sides[0]], self.arrays(inputs[2:], eqn)
         _, axes = meeting(dims, leaf.view)
         full, mine = loops.whole_input(self, dims, leaf, inputs[1 - side])
@@ -273,7 +273,13 @@ class Walk:
 
     def visit(self, place: Place, eqn: Any, path: Path, leaf: Leaf | None = None) -> tuple[Any, Taps]:
         """Call the hook: what replaces the result (None: nothing), and the tap under its key."""
-        y, tap = self.hook(place)
+        said = self.hook(place)
+        if not (isinstance(said, tuple) and len(said) == 2):
+            raise InputError(
+                f"{place.name}: the hook returned {type(said).__name__}, needed a pair: what "
+                "replaces the result (or None), and a tap (or None)"
+            )
+        y, tap = said
         if y is not None:
             fitting(place.name, y, eqn.outvars[0].aval)
         if tap is None:

@@ -108,7 +108,13 @@ def _matrices(leaf: Leaf, q: QTensor, dims: Dims) -> tuple[QTensor, list[Atom]]:
     joined = View(None, (tuple(sorted(order, key=_place)),)).atoms([0])
     if joined == _whole(q, out):
         return matrices(q), order
-    if len(joined) == len(out) == 1 and joined[0].axis == out[0] and joined[0].stride == 1 and not q.batch:
+    if (
+        len(joined) == len(out) == 1
+        and joined[0].axis == out[0]
+        and joined[0].stride == 1
+        and joined[0].offset >= 0
+        and not q.batch
+    ):
         plain = dataclasses.replace(matrices(q), contract=(), batch=())
         return rows(plain, joined[0].offset, joined[0].size), order
     return _refuse(leaf, q, "is read in parts")

@@ -113,7 +113,7 @@ def optimize(
     """
     begun = time.monotonic()
     model = load(source, revision=revision, generic=generic)
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     todo = plan(model, recipe, format=format, target=target)
     assert model.checkpoint is not None
     limit = _limit(kl_limit, recipe, Path(out), evaluate and model.family is not None)
@@ -215,11 +215,16 @@ def _write_units(writer: Writer, seen: text.Tokens | None, say: Say, interrupted
             if counts := calibration.tokens_per_expert(stats):
                 writer.remember(counts)
         if not writer.done(unit):
-            params = unit_params(model, unit)
-            writer.write(unit, params | apply_block(todo, block, stats, params))
+            _write_unit(writer, unit, block, stats)
         say(_progress(i + 1, len(writer.units), unit, time.monotonic() - begun))
         if interrupted():
             raise Interrupted
+
+
+def _write_unit(writer: Writer, unit: Unit, block: Block | None, stats: Mapping[str, Any]) -> None:
+    """Transform and write one unit; nothing of it is held when this returns."""
+    params = unit_params(writer.model, unit)
+    writer.write(unit, params | apply_block(writer.plan, block, stats, params))
 
 
 def _progress(done: int, total: int, unit: Unit, seconds: float) -> str:

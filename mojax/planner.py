@@ -145,12 +145,12 @@ class Plan:
         return out
 
     def memory(self, tokens: int) -> int:
-        """Bytes of memory to expect: the largest block three times, and the activations of `tokens` twice."""
+        """Bytes to expect: the largest block three times (experts five), activations of `tokens` twice."""
         size: dict[str, int] = {}
-        for r in self.rows:
-            size[r.block] = size.get(r.block, 0) + r.before
+        for r in self.rows:  # experts are stacked, copied, and converted by the CPU's ragged dot
+            size[r.block] = size.get(r.block, 0) + r.before * (5 if experts.starred(r.name) else 3)
         hidden = max((r.shape[-1] for r in self.rows if r.role == "embedding"), default=0)
-        return 3 * max(size.values()) + 2 * tokens * hidden * 4
+        return max(size.values()) + 2 * tokens * hidden * 4
 
 
 def plan(
@@ -167,7 +167,7 @@ def plan(
       InputError: an unknown name; a source that is quantized already.
       PlanError: every problem found.
     """
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     dialect = find.find("converters", format)
     if not dialect.WRITES:
         raise InputError(

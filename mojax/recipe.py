@@ -67,19 +67,24 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
-def load_recipe(name_or_path: str | os.PathLike[str], trust_python: bool = False) -> Recipe:
-    """A shipped recipe by name, or one from a file: `.yaml`, `.yml`, or `.py` if `trust_python`.
+def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], trust_python: bool = False) -> Recipe:
+    """A shipped recipe by name, one from a file (`.yaml`, `.yml`, or `.py` if `trust_python`), or a mapping.
 
     A `.py` file defines `recipe`, a mapping of the same schema or a function that returns one.
 
     Raises:
       InputError: no such recipe, or the first thing in it that cannot be used, with the place.
     """
-    documents = _lineage(os.fspath(name_or_path), Path(), trust_python, ())
+    if isinstance(source, Mapping):
+        where, said = "recipe", document.check("recipe", dict(source), "recipe", shipped=False)
+        documents = _with_parents("recipe", said, Path(), trust_python, ())
+    else:
+        where = os.fspath(source)
+        documents = _lineage(where, Path(), trust_python, ())
     last = list(documents.values())[-1]
     rules = tuple(rule for d in documents.values() for rule in d.rules)
     if not rules:
-        raise InputError(f"{os.fspath(name_or_path)}: no rules; add one, or `extends: nvfp4` for a start")
+        raise InputError(f"{where}: no rules; add one, or `extends: nvfp4` for a start")
     calibration: dict[str, Any] = {}
     limits: dict[str, float | None] = {}
     steps, description = (("rtn", {}),), ""
@@ -220,9 +225,16 @@ def _lineage(wanted: str, folder: Path, trust: bool, trail: tuple[str, ...]) -> 
     if key in trail:
         raise InputError(f"{at}: extends itself: {' -> '.join((*trail, key))}")
     said = document.check(at, document.read(path, at, trust), path.stem, shipped=not is_file)
+    return _with_parents(key, said, path.parent, trust, trail)
+
+
+def _with_parents(
+    key: str, said: Document, folder: Path, trust: bool, trail: tuple[str, ...]
+) -> dict[str, Document]:
+    """A document, and before it what it extends."""
     documents: dict[str, Document] = {}
     for parent in said.extends:
-        for k, d in _lineage(parent, path.parent, trust, (*trail, key)).items():
+        for k, d in _lineage(parent, folder, trust, (*trail, key)).items():
             documents.setdefault(k, d)
     return documents | {key: said}
 

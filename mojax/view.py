@@ -10,8 +10,14 @@ from typing import Any, NamedTuple
 Shape = tuple[int, ...]
 
 
+UNKNOWN = -(1 << 62)  # an offset that the program decides while it runs
+
+
 class Atom(NamedTuple):
-    """Entries `offset, offset + stride, ...` of one axis of the root; axis None: one entry, repeated."""
+    """Entries `offset, offset + stride, ...` of one axis of the root; axis None: one entry, repeated.
+
+    An offset below 0 is not known. Atoms of one axis, of a view, share out its offset among them.
+    """
 
     axis: int | None
     stride: int
@@ -97,6 +103,8 @@ def follow(name: str, params: Mapping[str, Any], shapes: Sequence[Shape], view: 
 
 
 def _reshape(axes: Axes, shape: Shape) -> Axes | None:
+    if 0 in shape:
+        return None
     rest = [a for axis in axes for a in axis if a.size > 1]
     out = []
     for n in shape:
@@ -124,16 +132,17 @@ def _broadcast(axes: Axes, dims: Sequence[int], shape: Shape) -> Axes:
 
 
 def _slice(axes: Axes, starts: Sequence[int], shape: Shape, steps: Shape | None = None) -> Axes | None:
-    out = []
+    out, entries = [], []
     for axis, start, n, step in zip(axes, starts, shape, steps or (1,) * len(axes), strict=True):
         if math.prod(a.size for a in axis) == n:
             out.append(axis)
         elif len(axis) == 1:
-            a = axis[0]
-            out.append((Atom(a.axis, a.stride * step, n, a.offset + a.stride * start),))
+            a = axis[0]._replace(offset=axis[0].offset + axis[0].stride * start)
+            out.append(() if n == 1 else (a._replace(stride=a.stride * step, size=n),))
+            entries += [a] * (n == 1)
         else:
             return None
-    return tuple(out)
+    return _at(out, entries)
 
 
 def _entries(axes: Axes, shape: Shape) -> Axes | None:
@@ -141,4 +150,21 @@ def _entries(axes: Axes, shape: Shape) -> Axes | None:
     sizes = [math.prod(a.size for a in axis) for axis in axes]
     if any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
         return None
-    return tuple(axis if n == size else () for axis, n, size in zip(axes, shape, sizes, strict=True))
+    gone = [axis for axis, n, size in zip(axes, shape, sizes, strict=True) if n != size]
+    out = [axis if n == size else () for axis, n, size in zip(axes, shape, sizes, strict=True)]
+    return _at(out, [a._replace(offset=UNKNOWN) for axis in gone for a in axis])
+
+
+def _at(axes: Sequence[tuple[Atom, ...]], entries: Sequence[Atom]) -> Axes:
+    """`axes` where single entries were taken of the atoms `entries`: what is left of an axis begins there."""
+    moved = {a.axis: 0 for a in entries if a.axis is not None}
+    for a in entries:
+        if a.axis is not None:
+            moved[a.axis] += a.offset
+    return tuple(
+        tuple(
+            a._replace(offset=a.offset + moved.pop(a.axis)) if a.size > 1 and a.axis in moved else a
+            for a in axis
+        )
+        for axis in axes
+    )

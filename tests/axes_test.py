@@ -8,7 +8,7 @@ import zoo
 from axes_cases import CASES, FLAT, HEADS, HIDDEN, INNER, X, attention, floats, rotary, unit_norm
 from jax import lax
 
-from mojax.structure.axes import Group, Member, coupled, indices
+from mojax.structure.axes import Group, Member, coupled
 from mojax.structure.dims import Dim, Part, cut, factor, find, places, unify
 from mojax.trace import graph
 
@@ -30,14 +30,14 @@ def of(found, *axes):
 def without(params, members, unit):
     out = dict(params)
     for m in members:
-        out[m.leaf] = np.delete(out[m.leaf], indices(m, unit), m.axis)
+        out[m.leaf] = np.delete(out[m.leaf], m.indices(unit), m.axis)
     return {n: jnp.asarray(w) for n, w in out.items()}
 
 
 def zeroed(params, members, unit):
     out = {n: np.array(w) for n, w in params.items()}
     for m in members:
-        np.moveaxis(out[m.leaf], m.axis, 0)[indices(m, unit)] = 0
+        np.moveaxis(out[m.leaf], m.axis, 0)[m.indices(unit)] = 0
     return {n: jnp.asarray(w) for n, w in out.items()}
 
 
@@ -177,8 +177,8 @@ def test_loops_of_one_length_have_layers_of_their_own():
 
 def test_entries_of_a_unit():
     member = Member("w", 0, (Part(4, 3, ((2, 12),)), Part(40, 1)))
-    np.testing.assert_array_equal(indices(member, 1), [7, 19, 41])
-    np.testing.assert_array_equal(indices(member, [0, 2]), [4, 10, 16, 22, 40, 42])
+    np.testing.assert_array_equal(member.indices(1), [7, 19, 41])
+    np.testing.assert_array_equal(member.indices([0, 2]), [4, 10, 16, 22, 40, 42])
     assert not Group(2, (member,), ("output",)).prunable
     assert not Group(2, (member,), least=2).prunable
     assert Group(3, (member,), least=2).prunable

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,12 +124,24 @@ def test_every_family_is_named():
 
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks(README, "python")
+    code, _ = blocks(README, "python")
     made = {}
     exec(code.replace("sequences=64, length=256", "sequences=2, length=32"), made)
     assert 0 < made["report"].kl_mean < 1
     assert (tmp_path / "tiny-nvfp4" / "config.json").is_file()
     assert verify.verify(tmp_path / "tiny-nvfp4", "tiny").tensors
+
+
+def test_any_function_is_covered_as_pasted(tmp_path, capsys):
+    _, code = blocks(README, "python")
+    (tmp_path / "mlp.py").write_text(code)
+    made = {}
+    with jax.numpy_rank_promotion("allow"):  # as users have it
+        exec(compile(code, tmp_path / "mlp.py", "exec"), made)
+    assert capsys.readouterr().out == blocks(section("Any JAX function"), "text")[0]
+    assert 0 < made["report"].rel_error < 0.5
+    assert set(made["small"].schemes) == {"gate", "up"}
+    assert all(jnp.isfinite(g).all() for g in made["grads"].values())
 
 
 def test_the_recipe_is_one(tmp_path):

@@ -89,7 +89,8 @@ def test_a_function_and_its_sites_are_those_of_the_program(name):
 def test_coupled_axes_are_cut_together():
     p = zoo.program("silu_mlp")
     model = mojax.from_function(p.fn, p.params, *p.args)
-    assert mojax.coupled_axes(model) == [[("down", 0), ("up", 1)]]
+    assert [list(group) for group in mojax.coupled_axes(model)] == [[("down", 0), ("up", 1)]]
+    assert any("output" in group.frozen for group in mojax.coupled_axes(model, frozen=True))
     assert isinstance(graph(model.flat, model.specs, *model.example).ops, tuple)
 
 

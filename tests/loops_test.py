@@ -276,3 +276,16 @@ def test_sharded():
     packed = {n: encode_leaf(int8.FORMAT(), w, (n == "down",)) for n, w in p.items()}
     with pytest.raises(InputError, match=r"up: is packed \(int8\) and meets shard_map"):
         intercept(fn, nothing)(packed, x)
+
+
+def test_a_hook_must_return_a_pair():
+    with pytest.raises(InputError, match="a: the hook returned NoneType, needed a pair"):
+        intercept(lambda p, x: x @ p["a"], lambda place: None)(W, X)
+
+
+def test_a_packed_product_of_two_parameters_says_so():
+    packed = W | {"a": encode_leaf(int8.FORMAT(), W["a"], (0,))}
+    with pytest.raises(
+        InputError, match=r"a: is packed .* meets dot_general with another parameter at loops_test"
+    ):
+        intercept(lambda p, x: x @ (p["a"] @ p["b"]), nothing)(packed, X)

@@ -14,6 +14,7 @@ from mojax import calibration, checkpoint, cli, experts, inspection, model, pipe
 from mojax.calibration import Stats
 from mojax.formats.base import QTensor
 from mojax.recipe import adjusted, load_recipe
+from tests.e2e_test import native
 from tests.moe_models import tiny_mixtral, tiny_qwen3_moe
 
 SMALL: dict[str, Any] = {"sequences": 4, "length": 32}
@@ -505,3 +506,22 @@ def test_smoothquant_leaves_experts_alone(sources):
         assert np.asarray(made[name].codes).tobytes() == np.asarray(plain[name].codes).tobytes()
     rewritten = f"{block.prefix}post_attention_layernorm.weight"
     assert rewritten not in made and f"{block.prefix}input_layernorm.weight" in made
+
+
+def test_experts_in_native_fp8_are_read_and_converted(sources, tmp_path):
+    """Hugging Face's own FP8, 128 x 128 blocks, as Qwen publishes its large mixtures."""
+    source = native(sources["qwen3"], tmp_path / "native")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] += ["model.layers.1.mlp.gate"]
+    (source / "config.json").write_text(json.dumps(config))
+    made = mojax.load(source)
+    name = f"{LAYER['qwen3']}.*.up_proj.weight"
+    decoded = np.asarray(model.decode({name: made.params[name]})[name], np.float32)
+    exact = np.asarray(mojax.load(sources["qwen3"]).params[name], np.float32)
+    assert np.abs(decoded - exact).max() <= 0.07 * np.abs(exact).max()
+    assert cli.run(["convert", f"--model={source}", f"--out={tmp_path / 'out'}"]) == 0
+    again = mojax.load(tmp_path / "out")
+    assert again.schemes.keys() == made.schemes.keys()
+    for module in made.schemes:
+        a, b = (np.asarray(m.params[module + ".weight"].codes) for m in (made, again))
+        assert a.tobytes() == b.tobytes(), module

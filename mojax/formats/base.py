@@ -31,7 +31,7 @@ Arithmetic = Literal["checkpoint", "float32"]
 Array = jax.Array | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QTensor:
     """A tensor in a number format, packed as it rests on disk.
 
@@ -78,6 +78,9 @@ class QTensor:
           InputError: there is no batch axis, or no such entry.
         """
         return leaf.row(self, i)
+
+    def __repr__(self) -> str:
+        return f"QTensor({self.format.label}, {list(self.shape)})"
 
     @property
     def nbytes(self) -> int:

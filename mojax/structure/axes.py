@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,24 @@ class Member(NamedTuple):
     axis: int
     parts: tuple[Part, ...]
 
+    def indices(self, units: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """The entries of the axis that go when `units` go, ascending, for `np.delete(leaf, ., axis)`.
 
-class Group(NamedTuple):
-    """Axes that are cut together: unit i of all members, or none.
+        A parameter with two members in one group (a square weight of the residual stream) loses entries of
+        both.
+        """
+        found = []
+        for offset, stride, repeats in self.parts:
+            at = offset + stride * np.atleast_1d(np.asarray(units, np.int64))
+            for count, step in repeats:
+                at = np.add.outer(at, step * np.arange(count)).ravel()
+            found.append(at)
+        return np.unique(np.concatenate(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Axes that are cut together: unit i of all members, or none. Iterates over pairs of leaf and axis.
 
     Attributes:
       size: number of units.
@@ -48,19 +64,11 @@ class Group(NamedTuple):
         """The members as pairs of parameter and axis."""
         return tuple((m.leaf, m.axis) for m in self.members)
 
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self.axes)
 
-def indices(member: Member, units: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    """The entries of the member's axis that go when `units` go, ascending, for `np.delete(leaf, ., axis)`.
-
-    A parameter with two members in one group (a square weight of the residual stream) loses entries of both.
-    """
-    found = []
-    for offset, stride, repeats in member.parts:
-        at = offset + stride * np.atleast_1d(np.asarray(units, np.int64))
-        for count, step in repeats:
-            at = np.add.outer(at, step * np.arange(count)).ravel()
-        found.append(at)
-    return np.unique(np.concatenate(found))
+    def __len__(self) -> int:
+        return len(self.members)
 
 
 def coupled(graph: Graph) -> tuple[Group, ...]:

@@ -2,9 +2,9 @@
 
     python tests/bench/trace.py
 
-The model is a mixture of experts of 48 layers and 119 billion parameters, unrolled, given as shapes alone. The
-cost of the interpreter is the ratio of two compiled programs in one process: the function itself, and the
-function through `intercept` with a hook that does nothing. Times are the least of several, interleaved.
+The model is a mixture of experts of 48 layers and 119 billion parameters, unrolled, given as shapes alone.
+The cost of the interpreter is the ratio of two compiled programs in one process: the function itself, and
+the function through `intercept` with a hook that does nothing. Times are the least of several, interleaved.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import load
-from mojax.coverage import coverage
 from mojax.interpret import intercept
 from mojax.models import qwen3_moe
+from mojax.structure.coverage import coverage
 from mojax.trace import graph, graph_sites
 
 LARGE = {

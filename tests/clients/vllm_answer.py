@@ -42,6 +42,7 @@ import torch
 torch.cpu._is_amx_tile_supported = lambda: False
 
 import vllm.model_executor.kernels.linear as linear  # noqa: E402
+import vllm_experts  # noqa: E402  (beside this file)
 from vllm.platforms import PlatformEnum  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
@@ -130,14 +131,18 @@ class Mxfp4WeightOnly(Mxfp4):
     WEIGHT_ONLY = True
 
 
+def fake_mxfp8(x: torch.Tensor) -> torch.Tensor:
+    """Inputs through MXFP8, as vLLM's own functions do it."""
+    from vllm.model_executor.layers.quantization.utils import mxfp8_utils
+
+    return mxfp8_utils.dequant_mxfp8_to_bf16(*mxfp8_utils.mxfp8_e4m3_quantize(x)).to(x.dtype)
+
+
 class Mxfp8(linear.EmulationMxfp8LinearKernel):
     """vLLM's emulation with the input quantization that it leaves out."""
 
     def apply_weights(self, layer, x, bias=None):
-        from vllm.model_executor.layers.quantization.utils import mxfp8_utils
-
-        inputs = mxfp8_utils.dequant_mxfp8_to_bf16(*mxfp8_utils.mxfp8_e4m3_quantize(x))
-        return super().apply_weights(layer, inputs.to(x.dtype), bias)
+        return super().apply_weights(layer, fake_mxfp8(x), bias)
 
 
 class Fp8Block(linear.Fp8BlockScaledMMLinearKernel):
@@ -219,6 +224,8 @@ def kernels(llm) -> list[str]:
         found = []
         for name, module in model.named_modules():
             scheme = getattr(module, "scheme", None) or getattr(module, "quant_method", None)
+            if hasattr(module, vllm_experts.LOADED):
+                found.append(f"{name}=Experts")
             for attribute in ("kernel", "fp8_linear"):
                 if hasattr(scheme, attribute):
                     found.append(f"{name}={type(getattr(scheme, attribute)).__name__}")
@@ -235,12 +242,23 @@ def answer(folder: Path, tokens: np.ndarray, new: int) -> dict[str, np.ndarray]:
     linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CPU] = [Mxfp4 if has_inputs(folder) else Mxfp4WeightOnly]
     start = time.perf_counter()
     config = json.loads((folder / "config.json").read_text())
+    if any(key in config for key in ("num_experts", "num_local_experts")):
+        fakes = {"mxfp4": fake_mxfp4, "mxfp8": fake_mxfp8}
+        vllm_experts.register(config.get("quantization_config", {}), fakes)
     vocabulary = config["vocab_size"]
     length = tokens.shape[1]
     llm = LLM(
-        model=str(folder), dtype="auto", enforce_eager=True, skip_tokenizer_init=True,
-        max_model_len=length + 1, max_num_seqs=4, max_num_batched_tokens=max(512, length + 1),
-        max_logprobs=vocabulary, enable_prefix_caching=False, seed=0, use_tqdm_on_load=False,
+        model=str(folder),
+        dtype="auto",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=length + 1,
+        max_num_seqs=4,
+        max_num_batched_tokens=max(512, length + 1),
+        max_logprobs=vocabulary,
+        enable_prefix_caching=False,
+        seed=0,
+        use_tqdm_on_load=False,
     )
     score = SamplingParams(max_tokens=1, prompt_logprobs=vocabulary, flat_logprobs=True, detokenize=False)
     rows = [{"prompt_token_ids": [int(t) for t in row]} for row in tokens]
