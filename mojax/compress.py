@@ -82,9 +82,13 @@ def listed(batches: Any) -> Iterator[tuple]:
 
 
 def _spread(need: str, value: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-    """`value` with the batch axes, that it lacks where the rows could not be told apart."""
+    """`value` with the batch axes; where some rows could not be told apart, all have what all have seen."""
     one = jax.eval_shape(STATISTICS[need].of, jax.ShapeDtypeStruct((1, 1), jnp.float32)).ndim - 1
-    return value if value.ndim == one + len(sizes) else np.broadcast_to(value, (*sizes, *value.shape[-one:]))
+    if value.ndim == one + len(sizes):
+        return value
+    over = tuple(range(value.ndim - one))
+    value = {"max": np.max, "sum": np.sum}[STATISTICS[need].reduce](value, axis=over)
+    return np.broadcast_to(value, (*sizes, *value.shape))
 
 
 def fake_quant(
@@ -94,8 +98,7 @@ def fake_quant(
 
     Its params have the same names and shapes, so that a training loop takes it as it is. A scale of a weight
     follows the weight; a static scale of an input is calibrated if stats are given, else that of the batch
-    at hand. Steps of the recipe before the last one (smoothquant) change the values of params once. A
-    calibrated scale is a leaf with zero gradient: keep it out of weight decay.
+    at hand. Steps of the recipe before the last one (smoothquant) change the values of params once.
 
     Raises:
       PlanError: every problem. InputError: not a Function, or one that is packed.
@@ -109,6 +112,7 @@ def fake_quant(
         values = {n: concrete(model, n) for n in model.names}
         params |= _transformed(model, values, choice, chain(*choice.steps[:-1]), stats)
     maxima = {n: _maximum(n, stats) for n in choice.static if "absmax" in stats.get(n, ())}
+    maxima = {n: params.pop(scale_name(n), top) for n, top in maxima.items()}  # as smoothing left it
     return dataclasses.replace(_with(model, params, choice, fake=True), maxima=maxima)
 
 
@@ -118,15 +122,19 @@ def quantize(
     """The function with QTensor leaves. Calling it runs packed; inputs are rounded as the recipe says.
 
     Args:
-      model: in full precision, or from `fake_quant` after training.
+      model: in full precision; or from `fake_quant` after training, whose steps before the last one are done
+        and not done again.
       recipe: a name, a file or a Recipe; see `mojax.choice.resolve` for what is kept by default.
       stats: from `calibrate`; needed for static input scales, and by some steps.
       keep: globs of leaves to leave as they are.
     Raises:
       PlanError: every problem. InputError: not a Function, packed already, or without values.
     """
+    trained = isinstance(model, Function) and model.fake
     model, stats = _plain(model, stats)
     choice = resolve(model, recipe, keep)
+    if trained:
+        choice = choice._replace(steps=choice.steps[-1:])
     choice.problems.extend(missing(choice, stats))
     solved(choice)
     params = {n: concrete(model, n) for n in model.names}
@@ -191,6 +199,7 @@ def _transformed(
 ) -> dict[str, Any]:
     """The leaves that a transform changes. It sees all as `<module>.weight`, those to encode as matrices."""
     shown = {n: module_name(n) + ".weight" for n in model.names}
+    shown |= {n: n for n, s in shown.items() if s in model.names}  # not the name of another leaf
     back = {s: n for n, s in shown.items()}
     matrices = {
         s: canonical(params[n], *choice.layouts[n]) if n in choice.schemes else params[n]

@@ -162,7 +162,7 @@ def from_function(
       example: arguments, of which shapes and dtypes are looked at; ShapeDtypeStructs do.
       rules: of primitives that mojax does not know, or knows otherwise; see `mojax.rules`.
     Raises:
-      InputError: a leaf of params is no array, two have one name, or fn cannot be traced.
+      InputError: a leaf of params or of example is no array, two have one name, or fn cannot be traced.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     flat: dict[str, Any] = {}
@@ -176,6 +176,12 @@ def from_function(
         if name in flat:
             raise InputError(f"params: two leaves are called {name}; rename a key (paths are joined by '.')")
         flat[name] = leaf
+    for i, leaf in ((i, leaf) for i, arg in enumerate(example) for leaf in jax.tree.leaves(arg)):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
+            raise InputError(
+                f"argument {i + 1} of the example holds {type(leaf).__name__} ({leaf!r:.40}), not an array; "
+                "fix it in the function: lambda params, x: fn(params, x, ...)"
+            )
     specs = jax.eval_shape(lambda *args: args, *example)
     model = Function(fn, tree, tuple(flat), flat, specs, {**RULES, **(rules or {})})
     _ = model.graph  # what cannot be traced is said here

@@ -29,7 +29,7 @@ from jax.extend import core
 from mojax import loops, packed
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.leaf import Base, Leaf, Path, take_row
+from mojax.leaf import Base, Leaf, Path, Scan, squeezed, take_rows
 from mojax.rules import RULES, Call, Dot, Move, Rules
 from mojax.structure.graph import meeting
 from mojax.trace import body, line, opened, trace
@@ -84,8 +84,9 @@ def intercept(
     traces loop bodies again), so it should be pure.
 
     Taps of a scan are stacked along a new first axis. With `merge` only those of a parameter are, of which
-    each step reads one row; the others are merged. Taps of a branch that is not taken are zeros. A custom
-    derivative rule of a function that holds a place gives way to that of its body.
+    each step reads one row (zeros for rows that the scan skips); the others are merged. Taps of a branch that
+    is not taken are zeros. A custom derivative rule of a function that holds a place gives way to that of its
+    body.
 
     Args:
       fn: `fn(params, *args)`, with `params` a flat dict of arrays or QTensors; `args` are pytrees of arrays.
@@ -110,7 +111,10 @@ def intercept(
         jaxpr, out = trace(fn, {n: plain_spec(leaf) for n, leaf in params.items()}, *args)
         depth = dict(stacks or {})
         inputs = [
-            Leaf(Base(name, params[name], depth.get(name, 0)), View.of(name, tuple(params[name].shape)))
+            Leaf(
+                Base(name, params[name], (s := tuple(params[name].shape)), depth.get(name, 0)),
+                View.of(name, s),
+            )
             for name in sorted(params)
         ]
         walk = Walk(hook, read or (lambda name, value: value), merge, rules, {}, {}, {}, {})
@@ -141,7 +145,7 @@ class Walk:
     merge: Callable[[Any, Any], Any] | None
     rules: Rules
     places: dict[str, list[Path]]
-    scans: dict[str, frozenset[Path]]
+    scans: dict[str, tuple[Scan, ...]]
     varying: dict[str, frozenset[str]]
     spread: dict[int, tuple[Any, Any]]
 
@@ -214,7 +218,7 @@ class Walk:
         leaf, *rest = inputs
         if not isinstance(leaf, Leaf) or any(isinstance(x, Leaf) for x in rest):
             return bind(eqn, self.arrays(inputs, eqn))
-        if row := take_row(leaf, eqn, rest, tuple(eqn.outvars[0].aval.shape)):
+        if row := take_rows(leaf, eqn, rest, tuple(eqn.outvars[0].aval.shape)):
             return [row]
         shapes = [tuple(v.aval.shape) for v in eqn.outvars]
         views = rule.views(eqn.primitive.name, eqn.params, shapes, leaf.view)
@@ -222,6 +226,8 @@ class Walk:
         def link(i: int) -> Callable[[Any], Any]:
             return lambda value: bind(eqn, [value, *rest])[i]
 
+        if squeezed(leaf, eqn.primitive.name, shapes[0]):
+            return [dataclasses.replace(leaf, view=views[0], chain=())]
         out: list[Any] = [
             v and dataclasses.replace(leaf, view=v, chain=(*leaf.chain, link(i))) for i, v in enumerate(views)
         ]
@@ -260,7 +266,8 @@ class Walk:
             if isinstance(self.value(there.base), QTensor):
                 return packed.run(rule, eqn.params, dims, side, there, here, others, eqn.outvars[0].aval)
             pair = [here, self.array(there, eqn)] if side else [self.array(there, eqn), here]
-            if eqn.primitive.name == "ragged_dot_general":
+            narrow = eqn.outvars[0].aval.dtype.itemsize <= 4  # the kernel sums in float32
+            if eqn.primitive.name == "ragged_dot_general" and narrow:
                 return packed.grouped(dims, pair[0], pair[1], others[0], eqn.outvars[0].aval.dtype)
             return bind(eqn, [*pair, *others])[0]
 
@@ -268,7 +275,9 @@ class Walk:
         pairs = sorted(zip(dims.batch, dims.paired, strict=True), key=lambda p: leaf.view.order(p[0]))
         paired = tuple(d for _, d in pairs if d is not None)
         place = Place(leaf.base.name, rule.op, full, axes, paired, groups, leaf.at, run)
-        y, taps = self.visit(place, eqn, path, leaf)
+        met = leaf.view.root_axes(dims.batch)  # a tap has these after those of the scans
+        ahead = all(a > s.over.axis for a in met for s in leaf.scans)
+        y, taps = self.visit(place, eqn, path, leaf if ahead else dataclasses.replace(leaf, scans=()))
         return [run() if y is None else y], taps
 
     def visit(self, place: Place, eqn: Any, path: Path, leaf: Leaf | None = None) -> tuple[Any, Taps]:
@@ -289,7 +298,7 @@ class Walk:
             paths.append(path)
         i = paths.index(path)
         key = f"{place.name}#{i}" if i else place.name
-        self.scans[key] = leaf.scans if leaf else frozenset()
+        self.scans[key] = leaf.scans if leaf else ()
         self.varying[key] = loops.varying(place.x)
         for index, count in reversed(leaf.rows) if leaf else ():
             tap = jax.tree.map(

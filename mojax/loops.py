@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.leaf import Base, Leaf, Path, raw, wrap
+from mojax.leaf import Base, Leaf, Path, Scan, packed_row, raw, wrap
 from mojax.rules import Dims
 from mojax.trace import CUSTOM, REMAT, body, loop_inputs
 from mojax.view import Atom, View
@@ -51,7 +53,7 @@ def remat(walk: Walk, eqn: Any, inputs: list, path: Path) -> Result:
 def scan(walk: Walk, eqn: Any, inputs: list, path: Path) -> Result:
     consts, init, stacks = loop_inputs(eqn, inputs)
     consts, n = hoist(walk, consts), len(init)
-    rows = [_rows(walk, x, path) for x in stacks]
+    rows = [_rows(walk, eqn, x, path) for x in stacks]
 
     def run(carry: Sequence, xs: Sequence) -> tuple[list, list, Taps]:
         here = [make(x) for (make, _), x in zip(rows, xs, strict=True)]
@@ -63,33 +65,65 @@ def scan(walk: Walk, eqn: Any, inputs: list, path: Path) -> Result:
         merged = {k: walk.merge(state[1][k], taps.pop(k)) for k in state[1]}  # type: ignore[misc]
         return (carry, merged), (ys, taps)
 
-    first, xs = walk.arrays(init), [x for _, x in rows]
+    first, xs = walk.arrays(init, eqn), [x for _, x in rows]
     start: Taps = {}
     if walk.merge is not None:
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
-        start = {k: t for k, t in jax.eval_shape(run, first, one)[2].items() if path not in walk.scans[k]}
+        start = {
+            k: t
+            for k, t in jax.eval_shape(run, first, one)[2].items()
+            if all(s.path != path for s in walk.scans[k])
+        }
     how = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
     (carry, merged), (ys, taps) = lax.scan(step, (first, _zeros(start)), xs, **how)
+    if walk.merge is not None:
+        taps = {k: _among(t, next(s for s in walk.scans[k] if s.path == path)) for k, t in taps.items()}
     return [*carry, *ys], merged | taps
 
 
-def _rows(walk: Walk, x: Any, path: Path) -> tuple[Callable[[Any], Any], Any]:
+def _among(tap: Any, scan: Scan) -> Any:
+    """Taps of the rows that a scan goes over, among zeros for the rows of the parameter that it skips."""
+    at = scan.over.at(np.arange(scan.over.size))
+    if len(at) == scan.of:
+        return tap
+    return jax.tree.map(lambda t: jnp.zeros((scan.of, *t.shape[1:]), t.dtype).at[at].set(t), tap)
+
+
+def _rows(walk: Walk, eqn: Any, x: Any, path: Path) -> tuple[Callable[[Any], Any], Any]:
     """What a scan runs over for one of its stacks, and how a step's piece of that becomes its row."""
     if not isinstance(x, Leaf):
         return lambda row: row, x
-    base, view, scans = x.base, x.view.row(), x.scans | {path}
-    if not base.stacks or x.chain:
-        array = walk.array(x)
-        return lambda row: Leaf(Base(base.name, row, 0, True), view, (), scans, x.rows), array
+    base, over = x.base, x.view.entries(0)
+    scans, steps = x.scans, jnp.arange(eqn.params["length"])
+    if (
+        over
+        and not x.rows
+        and all(s.over.axis < over.axis for s in scans)
+        and not dict(base.shards).get(over.axis)
+    ):
+        scans = (*scans, Scan(path, over, base.shape[over.axis]))
+    first = bool(base.stacks) and over is not None and over.axis == len(x.at)
 
-    def leaf(i: Any, row: Any) -> Leaf:
-        return Leaf(Base(base.name, row, base.stacks - 1, base.done), view, (), scans, x.rows, (*x.at, i))
+    def row(leaf: Leaf, base: Base, i: Any) -> Leaf:
+        at = (*x.at, over.at(i)) if over and first else x.at
+        return dataclasses.replace(leaf, base=base, view=x.view.row(), chain=(), scans=scans, at=at)
 
-    q = base.value
-    steps = jnp.arange(q.shape[0])
-    if isinstance(q, QTensor):  # its shape is static, so its rows are taken by index
-        return lambda i: leaf(i, q.row(i)), steps
-    return lambda step: leaf(*step), (steps, q)
+    if isinstance(walk.value(base) if x.chain else base.value, QTensor):
+
+        def packed(i: Any) -> Leaf:  # its shape is static, so its rows are taken by index
+            found = packed_row(x, 0, i)
+            return row(found, found.base, i) if found else walk.array(x, eqn)
+
+        return packed, steps
+    kept = bool(base.stacks) and not x.chain
+    rows = base.value if kept else walk.array(x, eqn)
+    stacks, done = base.stacks - 1 if first else 0, base.done if kept else True
+
+    def array(step: tuple) -> Leaf:
+        i, value = step
+        return row(x, dataclasses.replace(base, value=value, stacks=stacks, done=done), i)
+
+    return array, (steps, rows)
 
 
 def _zeros(shapes: Any) -> Any:
@@ -174,7 +208,8 @@ def _shard(local: Any, x: Any, spec: PartitionSpec) -> Any:
     view = View(x.view.root, tuple((Atom(i, 1, n, 0),) for i, n in zip(axes, local.shape, strict=True)))
     names = [(s,) if isinstance(s, str) else tuple(s or ()) for s in spec]
     names += [()] * (len(axes) - len(names))
-    base = Base(x.base.name, local, 0, True, tuple(zip(axes, names, strict=True)))
+    shards = tuple(zip(axes, names, strict=True))
+    base = dataclasses.replace(x.base, value=local, stacks=0, done=True, shards=shards)
     return Leaf(base, view, (), x.scans, x.rows)
 
 

@@ -91,9 +91,8 @@ def _place(a: Atom) -> tuple[int, int]:
 
 def _matrices(leaf: Leaf, q: QTensor, dims: Dims) -> tuple[QTensor, list[Atom]]:
     """The parameter as a kernel takes it, and the atoms of its outputs in the order of the operation."""
-    taken = len(leaf.scans) + len(leaf.rows)  # leading axes that are gone
     shown = tuple(
-        tuple(a._replace(axis=None if a.axis is None else a.axis - taken) for a in axis)
+        tuple(a._replace(axis=None if a.axis is None else leaf.axis(a.axis)) for a in axis)
         for axis in leaf.view.axes
     )
     view = View(leaf.view.root, shown)
@@ -126,8 +125,8 @@ def _whole(q: QTensor, of: Sequence[int]) -> tuple[Atom, ...]:
 
 def _unmoved(leaf: Leaf, q: QTensor) -> None:
     """The parameter must be as it was given, but for casts."""
-    taken = len(leaf.scans) + len(leaf.rows)
-    expected = tuple((Atom(i + taken, 1, n, 0),) for i, n in enumerate(q.shape))
+    left = [i for i in range(len(leaf.base.shape)) if i not in leaf.gone]
+    expected = tuple((Atom(i, 1, n, 0),) for i, n in zip(left, q.shape, strict=True))
     if leaf.view.axes != expected:
         _refuse(leaf, q, "is transposed, reshaped or cut before it is used")
 

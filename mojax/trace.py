@@ -286,7 +286,8 @@ def trace(fn: Callable, params: Mapping[str, Any], *args: Any) -> tuple[Any, Any
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in opened(jaxpr)[0].eqns:
+    """Those with effects, of any depth; what a kernel does to its own buffers stays in it."""
+    for eqn in (e for e in opened(jaxpr)[0].eqns if e.effects):
         yield eqn
         for inner in core.jaxprs_in_params(eqn.params):
             yield from _equations(inner)

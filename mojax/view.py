@@ -25,6 +25,19 @@ class Atom(NamedTuple):
     offset: int
 
 
+class Entries(NamedTuple):
+    """Entries of one axis of the root whose places are known: `offset + i * stride`, i below `size`."""
+
+    axis: int
+    stride: int
+    size: int
+    offset: int
+
+    def at(self, i: Any) -> Any:
+        """The place of entry `i`, an integer or an array of integers."""
+        return self.offset + self.stride * i
+
+
 Axes = tuple[tuple[Atom, ...], ...]
 
 
@@ -65,6 +78,13 @@ class View(NamedTuple):
                 out.append(b)
         return tuple(out)
 
+    def entries(self, dim: int) -> Entries | None:
+        """The entries of one axis of the root that the axis `dim` shows, if it shows nothing else."""
+        for a in self.axes[dim] if len(self.axes[dim]) == 1 else ():
+            if a.axis is not None and a.offset >= 0:
+                return Entries(a.axis, a.stride, a.size, a.offset)
+        return None
+
     def order(self, dim: int) -> tuple[int, int]:
         """Sorts axes of the view as the root's axes are sorted; of one root axis, the outer part first."""
         a = self.axes[dim][0] if self.axes[dim] else Atom(0, 0, 1, 0)
@@ -85,8 +105,9 @@ def follow(name: str, params: Mapping[str, Any], shapes: Sequence[Shape], view: 
             out = [tuple(axes[i] for i in p["permutation"])]
         case "squeeze":
             out = [tuple(a for i, a in enumerate(axes) if i not in p["dimensions"])]
-        case "reshape" if p["dimensions"] is None:
-            out = [_reshape(axes, shapes[0])]
+        case "reshape":
+            order = range(len(axes)) if p["dimensions"] is None else p["dimensions"]
+            out = [_reshape(tuple(axes[i] for i in order), shapes[0])]
         case "broadcast_in_dim":
             out = [_broadcast(axes, p["broadcast_dimensions"], shapes[0])]
         case "slice":

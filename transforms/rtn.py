@@ -97,7 +97,8 @@ def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Cont
     changed: dict[str, Any] = {name: leaves[name].whole(qs) for name, qs in parts.items()}
     for module, scheme in context.schemes.items():
         if scheme.inputs is not None and scheme.inputs.static:
-            changed[module + ".input_scale"] = static_maximum(module + ".weight", stats)
+            seen = static_maximum(module + ".weight", stats)  # of an earlier step, if it changed the inputs
+            changed[module + ".input_scale"] = params.get(module + ".input_scale", seen)
     return changed
 
 

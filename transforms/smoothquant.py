@@ -3,7 +3,8 @@
     s_j = max|X_j|^alpha / max|W_:,j|^(1 - alpha)        gain_j / s_j        W_:,j * s_j
 
 for every group of encoded linears that read the same input and have a norm gain (or an encoded linear) that
-can absorb 1 / s, as the trace found them. The function is unchanged before rounding.
+can absorb 1 / s, as the trace found them. The function is unchanged before rounding. A static scale of that
+input is then max|X / s|.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mojax.compile import jit
 from mojax.errors import InputError
@@ -37,7 +39,7 @@ def _columns(w: jax.Array, s: jax.Array) -> jax.Array:
 
 @jit()
 def _rows(w: jax.Array, s: jax.Array) -> jax.Array:
-    return (w.astype(jnp.float32) / (s if w.ndim == 1 else s[:, None])).astype(w.dtype)
+    return (w.astype(jnp.float32) / (s.reshape(w.shape) if w.size == s.size else s[:, None])).astype(w.dtype)
 
 
 def smoothquant(*, alpha: float = 0.5) -> Transform:
@@ -88,8 +90,15 @@ def _apply(alpha: float, params: Params, stats: Mapping[str, Mapping[str, Any]],
                 "not seen them"
             )
         now = {**params, **changed}
-        s = solve(jnp.asarray(stats[readers[0]]["absmax"]), tuple(now[w] for w in readers), alpha)
+        if not jnp.issubdtype(now[producer].dtype, jnp.floating):
+            continue  # it cannot hold what is left of it
+        absmax = jnp.asarray(stats[readers[0]]["absmax"])
+        s = solve(absmax, tuple(now[w] for w in readers), alpha)
         changed[producer] = _rows(now[producer], s)
         for w in readers:
             changed[w] = _columns(now[w], s)
+            module = w.removesuffix(".weight")
+            inputs = context.schemes[module].inputs
+            if inputs is not None and inputs.static:
+                changed[module + ".input_scale"] = np.float32(jnp.max(absmax / s))
     return changed

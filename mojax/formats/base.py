@@ -69,15 +69,15 @@ class QTensor:
         object.__setattr__(self, "batch", batch)
         object.__setattr__(self, "contract", () if plain else contract)
 
-    def row(self, i: Any) -> QTensor:
-        """Entry `i` (an int, or a traced integer scalar) of the first batch axis, without that axis.
+    def row(self, i: Any, axis: int | None = None) -> QTensor:
+        """Entry `i` (an int, or a traced integer scalar) of a batch axis (None: the first), without it.
 
         A matrix `[out, in]` that remains is an ordinary one. An int leaves numpy arrays in numpy.
 
         Raises:
-          InputError: there is no batch axis, or no such entry.
+          InputError: there is no such batch axis, or no such entry.
         """
-        return leaf.row(self, i)
+        return leaf.row(self, i, axis)
 
     def __repr__(self) -> str:
         return f"QTensor({self.format.label}, {list(self.shape)})"

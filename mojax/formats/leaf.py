@@ -148,15 +148,20 @@ def matrices(q: QTensor) -> QTensor:
     return dataclasses.replace(q, shape=shape, contract=(n + 1,), batch=tuple(range(n)))
 
 
-def row(q: QTensor, i: Any) -> QTensor:
-    """Entry `i` (an int, or a traced integer scalar) of the first batch axis; numpy stays numpy for an int.
+def row(q: QTensor, i: Any, axis: int | None = None) -> QTensor:
+    """Entry `i` (an int, or a traced integer scalar) of a batch axis; numpy stays numpy for an int.
 
+    Args:
+      axis: one of `q.batch`; None is the first.
     Raises:
-      InputError: there is no batch axis, or no such entry.
+      InputError: there is no such batch axis, or no such entry.
     """
     if not q.batch:
         raise InputError(f"a QTensor of shape {q.shape} without batch axes has no rows to take")
-    first, *others = q.batch
+    if axis not in (None, *q.batch):
+        raise InputError(f"axis {axis} of a QTensor of shape {q.shape} is none of its batch axes {q.batch}")
+    first = q.batch[0] if axis is None else axis
+    at, others = q.batch.index(first), [a for a in q.batch if a != first]
     if not isinstance(i, jax.Array):
         i = operator.index(i)
         if not -q.shape[first] <= i < q.shape[first]:
@@ -165,7 +170,9 @@ def row(q: QTensor, i: Any) -> QTensor:
             )
 
     def take(a: Any) -> Any:
-        return a[i, ...] if isinstance(i, int) else jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
+        if isinstance(i, int):
+            return a[(slice(None),) * at + (i, ...)]
+        return jax.lax.dynamic_index_in_dim(a, i, at, keepdims=False)
 
     return dataclasses.replace(
         q,
@@ -173,7 +180,7 @@ def row(q: QTensor, i: Any) -> QTensor:
         scales={level: take(a) for level, a in q.scales.items()},
         shape=(*q.shape[:first], *q.shape[first + 1 :]),
         contract=tuple(a - (a > first) for a in q.contract),
-        batch=tuple(a - 1 for a in others),
+        batch=tuple(a - (a > first) for a in others),
     )
 
 

@@ -19,7 +19,12 @@ VERBS = {
     "select_n": "masks an activation",
     "use": "returned, or decides a branch",
 }
-OPAQUE = ("jaxpr", "call_jaxpr", "call_target_name")  # parameters of an operation with a program inside
+OPAQUE = (
+    "jaxpr",
+    "jaxprs",
+    "call_jaxpr",
+    "call_target_name",
+)  # parameters of an operation with a program inside
 
 
 def coverage(program: Graph, rules: Rules = RULES) -> dict[str, str]:
