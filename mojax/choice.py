@@ -19,6 +19,7 @@ from mojax.formats.leaf import check_leaf
 from mojax.function import Function, Layout, module_name, scale_name
 from mojax.recipe import Recipe, adjusted, load_recipe
 from mojax.resolve import decide, made_steps
+from mojax.structure.coverage import coverage
 from mojax.trace import Site
 from mojax.transforms.base import Transform
 
@@ -57,7 +58,8 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
     """Decide what becomes of every leaf that a product reads.
 
     Rules match a leaf's name, and the name with `.weight`. Kept unless a rule gives the full name: routers,
-    leaves that are looked up as well, that are summed over different axes at two places, or have one axis.
+    leaves that are looked up or used in arithmetic as well, that are summed over different axes at two
+    places, or have one axis.
 
     Args:
       keep: globs of leaves to leave as they are.
@@ -65,17 +67,18 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
       InputError: no such recipe, or steps that cannot be used.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    recipe = adjusted(recipe, keep=(keep,) if isinstance(keep, str) else tuple(keep))
+    recipe = adjusted(recipe, keep=(keep,) if isinstance(keep, str) else tuple(keep or ()))
     choice = Choice({}, {}, {}, made_steps(recipe), [])
     places: dict[str, list[Site]] = {}
     for site in model.sites:
         if site.op != "cache":
             places.setdefault(site.weight, []).append(site)
-    widths = _widths(model)
+    widths, said = _widths(model), coverage(model.graph, model.rules)
     for name, sites in places.items():
         if any(s.op in PRODUCTS for s in sites):
-            _decide(choice, recipe, model, name, sites, widths.get(name, set()))
-    choice.problems.extend(_general_problems(choice, recipe, model))
+            why = _reason(sites, len(model.specs[name].shape)) or said[name].partition("site; ")[2]
+            _decide(choice, recipe, model, name, sites, widths.get(name, set()), why)
+    choice.problems.extend(_general_problems(choice, recipe, model, said))
     return choice
 
 
@@ -93,9 +96,19 @@ def _widths(model: Function) -> dict[str, set[int]]:
 
 
 def _decide(
-    choice: Choice, recipe: Recipe, model: Function, name: str, sites: list[Site], widths: set[int]
+    choice: Choice,
+    recipe: Recipe,
+    model: Function,
+    name: str,
+    sites: list[Site],
+    widths: set[int],
+    why: str,
 ) -> None:
-    """Enter one leaf into the choice: its scheme and layout, or why it is kept, or a problem."""
+    """Enter one leaf into the choice: its scheme and layout, or why it is kept, or a problem.
+
+    Args:
+      why: it is kept by default, or "".
+    """
     products = [s for s in sites if s.op in PRODUCTS]
     first, spec = products[0], model.specs[name]
     parts = first.op != "conv" and widths != {math.prod(spec.shape[a] for a in first.contract)}
@@ -104,7 +117,7 @@ def _decide(
     fitted = [
         dataclasses.replace(r, match=presented if r.match in _aliases(name) else "*") for r in rules
     ]  # `decide` knows the presented name alone
-    why = _reason(sites, products, len(spec.shape)) or ("its channels are read in parts" if parts else "")
+    why = why or ("its channels are read in parts" if parts else "")
     try:
         keep = ("*",) if why else ()
         scheme, reason = decide(
@@ -130,8 +143,9 @@ def _aliases(name: str) -> tuple[str, str]:
     return name, module_name(name) + ".weight"
 
 
-def _reason(sites: list[Site], products: list[Site], ndim: int) -> str:
+def _reason(sites: list[Site], ndim: int) -> str:
     """Why a leaf is kept by default, or ""."""
+    products = [s for s in sites if s.op in PRODUCTS]
     if any(s.router for s in sites):
         return "router"
     if looked := [s for s in sites if s.op == "gather"]:
@@ -159,7 +173,7 @@ def _trouble(
     return None
 
 
-def _general_problems(choice: Choice, recipe: Recipe, model: Function) -> list[str]:
+def _general_problems(choice: Choice, recipe: Recipe, model: Function, said: Mapping[str, str]) -> list[str]:
     """Problems of the recipe as a whole, and of names."""
     found = []
     every = [n for name in model.names for n in _aliases(name)]
@@ -174,7 +188,8 @@ def _general_problems(choice: Choice, recipe: Recipe, model: Function) -> list[s
         if twin or taken:
             found.append(f"{name}: cannot be quantized beside a leaf called {(*twin, *taken)[0]}; rename one")
     if not choice.schemes and not choice.problems:
-        why = [f"{name}: {reason}" for name, reason in choice.notes.items()][:5]
+        lost = {n: line for n, line in said.items() if line.startswith("unreachable")}
+        why = [f"{name}: {reason}" for name, reason in (*choice.notes.items(), *lost.items())][:5]
         found.append(f"nothing would be quantized ({'; '.join(why) or 'no product reads a leaf'})")
     return found
 

@@ -123,23 +123,59 @@ def quantize(
 
     Args:
       model: in full precision; or from `fake_quant` after training, whose steps before the last one are done
-        and not done again.
+        and not done again. One that was made from shapes gives one with shapes of QTensors, for parameters
+        that were saved: `dataclasses.replace(quantize(model, recipe), params=load_params(path))`.
       recipe: a name, a file or a Recipe; see `mojax.choice.resolve` for what is kept by default.
       stats: from `calibrate`; needed for static input scales, and by some steps.
       keep: globs of leaves to leave as they are.
     Raises:
-      PlanError: every problem. InputError: not a Function, packed already, or without values.
+      PlanError: every problem, also what could not run packed. InputError: not a Function, or packed already.
     """
     trained = isinstance(model, Function) and model.fake
     model, stats = _plain(model, stats)
     choice = resolve(model, recipe, keep)
     if trained:
         choice = choice._replace(steps=choice.steps[-1:])
-    choice.problems.extend(missing(choice, stats))
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.params.values())
+    choice.problems.extend([] if abstract else missing(choice, stats))
+    choice.problems.extend([] if choice.problems else unpackable(model, choice))
     solved(choice)
-    params = {n: concrete(model, n) for n in model.names}
+    if abstract:
+        return _with(model, packed_specs(model, choice), choice, fake=False)
+    params = {n: model.params[n] for n in model.names}
     params |= _transformed(model, params, choice, chain(*choice.steps), stats)
     return _with(model, params, choice, fake=False)
+
+
+def packed_specs(model: Function, choice: Choice) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters that `quantize` gives."""
+    specs: dict[str, Any] = dict(model.specs)
+    for name, scheme in choice.schemes.items():
+        w, (contract, batch) = model.specs[name], choice.layouts[name]
+        specs[name] = scheme.weights.spec(w.shape, np.dtype(w.dtype), contract, batch)
+    for name in choice.static:
+        sizes = tuple(model.specs[name].shape[a] for a in choice.layouts[name][1])
+        specs[scale_name(name)] = jax.ShapeDtypeStruct(sizes, jnp.float32)
+    return specs
+
+
+def unpackable(model: Function, choice: Choice) -> list[str]:
+    """Which leaves no kernel could take, found by tracing the packed program on shapes."""
+    found: list[str] = []
+    schemes = dict(choice.schemes)
+    while schemes:
+        left = choice._replace(schemes=schemes)
+        params = packed_specs(model, left)
+        try:
+            jax.eval_shape(_with(model, params, left, fake=False).run, params, *model.example)
+            break
+        except InputError as error:
+            name = next((n for n in schemes if str(error).startswith(f"{n}: is packed")), None)
+            if name is None:
+                raise
+            found.append(str(error).replace("keep this parameter as it is", f"pass keep=[{name!r}]"))
+            del schemes[name]
+    return found
 
 
 def dequantize(model: Function) -> Function:
@@ -157,6 +193,8 @@ def dequantize(model: Function) -> Function:
 def _plain(model: Any, stats: Given | None) -> tuple[Function, Given]:
     """The function in full precision; calibrated maxima that it has stand in for statistics."""
     model = checked(model, "quantize")
+    if not (stats is None or isinstance(stats, Mapping)):
+        raise InputError(f"stats: found {type(stats).__name__}, needed what mojax.calibrate gives")
     if packed := [n for n in model.names if isinstance(model.params[n], QTensor)]:
         raise InputError(f"{packed[0]}: is packed already; call mojax.dequantize(model) first")
     scales = {n: model.params[scale_name(n)] for n in model.schemes if scale_name(n) in model.params}
@@ -211,7 +249,15 @@ def _transformed(
     seen = {shown[n]: values for n, values in stats.items() if n in shown}
     scales = {module_name(n) + INPUT: n for n in choice.schemes}
     changed: dict[str, Any] = {}
-    for key, value in step.apply(matrices, seen, Context(sites, schemes, (), kept)).items():
+    try:
+        made = step.apply(matrices, seen, Context(sites, schemes, (), kept))
+    except NotFiniteError as error:
+        name = next((n for s, n in back.items() if str(error).startswith(f"{s}:")), None)
+        if name is None:
+            raise
+        what = "its inputs are not finite" if "its inputs" in str(error) else "holds NaN or infinity"
+        raise NotFiniteError(f"{name}: {what}; repair it, or pass keep=[{name!r}]") from error
+    for key, value in made.items():
         if key in scales:
             one_for_all = np.ndim(value) == 0 and choice.layouts[scales[key]][1]
             changed[key] = _maximum(scales[key], stats) if one_for_all else jnp.asarray(value, jnp.float32)
@@ -279,6 +325,8 @@ def evaluate(model: Any, reference: Any, batches: Any, loss: Callable | None = N
         from mojax import evaluation
 
         return evaluation.evaluate(model, reference, batches, **options)
+    if options:
+        raise InputError(f"evaluate: of a function has no option {', '.join(options)}; it has loss")
     return _compare(model, checked(reference, "evaluate"), batches, loss)
 
 

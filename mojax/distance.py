@@ -134,7 +134,7 @@ def smoothed(
     A gain gives its scales as before / after; a linear (`up` before `down`) by least squares over its row.
     """
     out = {n: np.asarray(w, np.float32) for n, w in weights.items()}
-    for producer, readers in sorted(folds, key=lambda fold: fold.producer in encoded):
+    for producer, readers, _ in sorted(folds, key=lambda fold: fold.producer in encoded):
         if producer in encoded:
             mine = np.asarray(encoded[producer].format.decode(encoded[producer]))
             full = out[producer]

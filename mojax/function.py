@@ -14,6 +14,7 @@ from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import QTensor, Scheme
 from mojax.rules import RULES, Rule, Rules
+from mojax.rules import checked as checked_rules
 from mojax.simulate import leading, round_input, round_weight
 from mojax.structure import axes
 from mojax.structure.graph import Graph
@@ -109,7 +110,7 @@ class Function:
                 raise InputError(f"{name}: is only a shape; call model.apply(params, ...) with arrays")
         tracer = jax.core.Tracer  # type: ignore[attr-defined]
         if any(isinstance(x, tracer) for x in jax.tree.leaves((params, args))):
-            return self._run(params, *args)
+            return self.run(params, *args)
         return self._compiled(params, *args)
 
     def __call__(self, *args: Any) -> Any:
@@ -118,9 +119,10 @@ class Function:
 
     @functools.cached_property
     def _compiled(self) -> Callable:
-        return jit()(self._run)
+        return jit()(self.run)
 
-    def _run(self, params: Mapping[str, Any], *args: Any) -> Any:
+    def run(self, params: Mapping[str, Any], *args: Any) -> Any:
+        """`apply` of parameters that were checked."""
         leaves = {n: params[n] for n in self.names}
         if not self.schemes and not any(isinstance(leaf, QTensor) for leaf in leaves.values()):
             return self.flat(leaves, *args)
@@ -162,12 +164,18 @@ def from_function(
       example: arguments, of which shapes and dtypes are looked at; ShapeDtypeStructs do.
       rules: of primitives that mojax does not know, or knows otherwise; see `mojax.rules`.
     Raises:
-      InputError: a leaf of params or of example is no array, two have one name, or fn cannot be traced.
+      InputError: a leaf of params or of example is no array, two have one name, a rule cannot be used, or fn
+        cannot be traced. What fn itself raises (shapes that do not fit) comes as it is.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_packed)
     flat: dict[str, Any] = {}
     for path, leaf in leaves:
         name = ".".join(_key(k) for k in path) or "params"
+        if isinstance(leaf, QTensor):
+            raise InputError(
+                f"params: {name} is packed already; make the function from arrays or shapes, quantize it by "
+                "the same recipe, and give it these: dataclasses.replace(model, params=loaded)"
+            )
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise InputError(
                 f"params: {name} is {type(leaf).__name__} ({leaf!r:.40}), not an array; keep what is none "
@@ -183,9 +191,16 @@ def from_function(
                 "fix it in the function: lambda params, x: fn(params, x, ...)"
             )
     specs = jax.eval_shape(lambda *args: args, *example)
-    model = Function(fn, tree, tuple(flat), flat, specs, {**RULES, **(rules or {})})
+    model = Function(fn, tree, tuple(flat), flat, specs)
+    if rules:
+        known = trace.primitives(model.flat, model.specs, *specs)
+        model = dataclasses.replace(model, rules=checked_rules(rules, known))
     _ = model.graph  # what cannot be traced is said here
     return model
+
+
+def _packed(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor)
 
 
 def _key(key: Any) -> str:
@@ -195,9 +210,13 @@ def _key(key: Any) -> str:
 
 
 def from_flax(
-    module: Any, *example: Any, variables: Any = None, rules: Mapping[str, Rule] | None = None
+    module: Any,
+    *example: Any,
+    variables: Any = None,
+    rules: Mapping[str, Rule] | None = None,
+    **constants: Any,
 ) -> Function:
-    """A Function from a Flax module, called as it is: `module(*args)`.
+    """A Function from a Flax module, called as it is: `module(*args, **constants)`.
 
     Of an NNX module the `nnx.Param`s are the parameters; other variables (statistics, random state, and
     whether it trains) stay as they are now, and what a call writes to them is dropped. Of a Linen module the
@@ -206,6 +225,7 @@ def from_flax(
     Args:
       module: an `nnx.Module`, or a `linen.Module` that is bound (`module.bind(variables)`).
       variables: of a Linen module that is not bound, what `module.init` gave.
+      constants: keyword arguments that are not traced, such as `train=False`.
     Raises:
       InputError: not a module, a Linen module without variables, or one that cannot be called so.
     """
@@ -213,9 +233,9 @@ def from_flax(
 
     try:
         if isinstance(module, nnx.Module):
-            return from_function(*_nnx(nnx, module), *example, rules=rules)
+            return from_function(*_nnx(nnx, module, constants), *example, rules=rules)
         if isinstance(module, linen.Module):
-            return from_function(*_linen(linen, module, variables), *example, rules=rules)
+            return from_function(*_linen(linen, module, variables, constants), *example, rules=rules)
     except errors.FlaxError as error:
         raise InputError(
             f"{type(module).__name__}: cannot be called with this example: {error}; set the mode it is to "
@@ -228,19 +248,19 @@ def from_flax(
     )
 
 
-def _nnx(nnx: Any, module: Any) -> tuple[Callable, Any]:
+def _nnx(nnx: Any, module: Any, constants: Mapping[str, Any]) -> tuple[Callable, Any]:
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     tree = jax.tree.structure(params)
 
     def fn(pure: Any, *args: Any) -> Any:
         state = jax.tree.unflatten(tree, jax.tree.leaves(pure))
         fresh = jax.tree.map(lambda leaf: leaf, rest)  # a copy: a call may write to its variables
-        return nnx.merge(graph, state, fresh)(*args)
+        return nnx.merge(graph, state, fresh)(*args, **constants)
 
     return fn, nnx.to_pure_dict(params)
 
 
-def _linen(linen: Any, module: Any, variables: Any) -> tuple[Callable, Any]:
+def _linen(linen: Any, module: Any, variables: Any, constants: Mapping[str, Any]) -> tuple[Callable, Any]:
     name = type(module).__name__
     if variables is None:
         if module.scope is None:
@@ -253,7 +273,11 @@ def _linen(linen: Any, module: Any, variables: Any) -> tuple[Callable, Any]:
     if "params" not in variables:
         raise InputError(f"{name}: variables hold {sorted(variables)}, needed the collection 'params'")
     rest = {k: v for k, v in variables.items() if k != "params"}
-    return lambda params, *args: module.apply({"params": params, **rest}, *args), variables["params"]
+
+    def fn(params: Any, *args: Any) -> Any:
+        return module.apply({"params": params, **rest}, *args, **constants)
+
+    return fn, variables["params"]
 
 
 def sites(model: Any) -> tuple[Site, ...]:

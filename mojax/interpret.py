@@ -30,7 +30,7 @@ from mojax import loops, packed
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
 from mojax.leaf import Base, Leaf, Path, Scan, squeezed, take_rows
-from mojax.rules import RULES, Call, Dot, Move, Rules
+from mojax.rules import RULES, Call, Dot, Move, Rules, dims_of, views_of
 from mojax.structure.graph import meeting
 from mojax.trace import body, line, opened, trace
 from mojax.view import View
@@ -221,7 +221,7 @@ class Walk:
         if row := take_rows(leaf, eqn, rest, tuple(eqn.outvars[0].aval.shape)):
             return [row]
         shapes = [tuple(v.aval.shape) for v in eqn.outvars]
-        views = rule.views(eqn.primitive.name, eqn.params, shapes, leaf.view)
+        views = views_of(eqn.primitive.name, rule, eqn.params, shapes, leaf.view)
 
         def link(i: int) -> Callable[[Any], Any]:
             return lambda value: bind(eqn, [value, *rest])[i]
@@ -253,7 +253,8 @@ class Walk:
     def contract(self, rule: Dot, eqn: Any, inputs: list, path: Path) -> tuple[list, Taps]:
         sides = [i for i in (0, 1) if isinstance(inputs[i], Leaf)]
         shapes = [tuple(v.aval.shape) for v in eqn.invars]
-        dims = rule.dims(eqn.params, shapes, sides[0]) if len(sides) == 1 else None
+        name = eqn.primitive.name
+        dims = dims_of(name, rule, eqn.params, shapes, sides[0]) if len(sides) == 1 else None
         if dims is None:  # a product of two parameters, or one in a place that is none
             return bind(eqn, self.arrays(inputs, eqn, " with another parameter" * (len(sides) == 2))), {}
         side, leaf, others = sides[0], inputs[sides[0]], self.arrays(inputs[2:], eqn)
@@ -264,10 +265,12 @@ class Walk:
             here = inputs[1 - side] if x is None else mine(fitting(leaf.base.name, x, full))
             there = leaf if w is None else leaf.again(w, done=True)
             if isinstance(self.value(there.base), QTensor):
-                return packed.run(rule, eqn.params, dims, side, there, here, others, eqn.outvars[0].aval)
+                return packed.run(
+                    name, rule, eqn.params, dims, side, there, here, others, eqn.outvars[0].aval
+                )
             pair = [here, self.array(there, eqn)] if side else [self.array(there, eqn), here]
             narrow = eqn.outvars[0].aval.dtype.itemsize <= 4  # the kernel sums in float32
-            if eqn.primitive.name == "ragged_dot_general" and narrow:
+            if name == "ragged_dot_general" and narrow:
                 return packed.grouped(dims, pair[0], pair[1], others[0], eqn.outvars[0].aval.dtype)
             return bind(eqn, [*pair, *others])[0]
 

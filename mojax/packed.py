@@ -27,8 +27,11 @@ from mojax.rules import Dims, Dot
 from mojax.structure.graph import meeting
 from mojax.view import Atom, View
 
+KNOWN = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")  # primitives with kernels
+
 
 def run(
+    name: str,
     rule: Dot,
     params: Mapping[str, Any],
     dims: Dims,
@@ -41,6 +44,7 @@ def run(
     """The operation of a place whose parameter is packed.
 
     Args:
+      name: of the primitive.
       params, out: of the equation, and what it gives (shape and dtype).
       dims, side: which axes meet, and which operand the parameter is.
       others: its operands after the first two.
@@ -48,14 +52,23 @@ def run(
       InputError: no kernel takes this.
     """
     q = leaf.base.value
+    if rule.kernel is not None:
+        _unmoved(leaf, q)
+        y = rule.kernel(x, q, params)
+        if (y.shape, y.dtype) != (out.shape, out.dtype):
+            raise InputError(
+                f"rules: {name}: its kernel gave {y.dtype}{list(y.shape)}, the operation gives "
+                f"{out.dtype}{list(out.shape)}"
+            )
+        return y
+    if name not in KNOWN:
+        _refuse(leaf, q, f"meets {name}, whose rule has no kernel")
     if rule.op == "gather":
         return _gather(params, leaf, q, x, out)
     if rule.op == "conv":
         _unmoved(leaf, q)
         known = "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count"
         return conv(x, q, **{k: params[k] for k in known.split()}, dtype=out.dtype)
-    if rule.op not in ("dot", "ragged_dot") or (side == 0 and rule.op == "ragged_dot"):
-        _refuse(leaf, q, f"meets {rule.op}")
     q, order = _matrices(leaf, q, dims)
     _, partners = meeting(dims, leaf.view)
     batch = sorted(range(len(dims.batch)), key=lambda i: leaf.view.order(dims.batch[i]))

@@ -167,6 +167,11 @@ def plan(
       InputError: an unknown name; a source that is quantized already.
       PlanError: every problem found.
     """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"plan: found {type(model).__name__}, needed a Model of mojax.load; a Function goes straight to "
+            "mojax.quantize"
+        )
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     dialect = find.find("converters", format)
     if not dialect.WRITES:

@@ -78,6 +78,8 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], trust_python
     if isinstance(source, Mapping):
         where, said = "recipe", document.check("recipe", dict(source), "recipe", shipped=False)
         documents = _with_parents("recipe", said, Path(), trust_python, ())
+    elif not isinstance(source, str | os.PathLike):
+        raise InputError(f"recipe: found {type(source).__name__}, needed a name, a file or a mapping")
     else:
         where = os.fspath(source)
         documents = _lineage(where, Path(), trust_python, ())

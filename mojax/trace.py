@@ -13,7 +13,7 @@ import jax
 from jax.extend import core
 
 from mojax.errors import InputError
-from mojax.rules import RULES, Call, Move, Rules
+from mojax.rules import RULES, Call, Move, Rules, views_of
 from mojax.structure.flow import Flow
 from mojax.structure.graph import Graph, Node, Op, Read, read
 from mojax.view import Shape, View
@@ -154,7 +154,7 @@ class _Flatten(NamedTuple):
             return CONTROL[name](self, eqn, inputs)
         shapes, views = [shape(v) for v in eqn.outvars], [None] * len(eqn.outvars)
         if self.views and isinstance(rule, Move):
-            views = rule.views(name, eqn.params, shapes, inputs[0].view)
+            views = views_of(name, rule, eqn.params, shapes, inputs[0].view)
         outputs = [Node(s, view=v) for s, v in zip(shapes, views, strict=True)]
         if None in views or name == "name":
             self.ops.append(Op(name, eqn.params, tuple(inputs), tuple(outputs), line(eqn)))
@@ -274,7 +274,7 @@ def trace(fn: Callable, params: Mapping[str, Any], *args: Any) -> tuple[Any, Any
             f"to decide what to do; write it with jax.lax.cond, jnp.where or a loop of jax.lax, or make that "
             f"value a Python constant ({str(error).splitlines()[0]})"
         ) from error
-    for eqn in _equations(jaxpr):
+    for eqn in _equations(jaxpr, effects=True):
         said = [e for e in eqn.effects if type(e).__name__ != "NamedAxisEffect"]
         if said and not any(True for _ in core.jaxprs_in_params(eqn.params)):
             raise InputError(
@@ -285,12 +285,17 @@ def trace(fn: Callable, params: Mapping[str, Any], *args: Any) -> tuple[Any, Any
     return jaxpr, out
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Those with effects, of any depth; what a kernel does to its own buffers stays in it."""
-    for eqn in (e for e in opened(jaxpr)[0].eqns if e.effects):
+def primitives(fn: Callable, params: Mapping[str, Any], *args: Any) -> frozenset[str]:
+    """The names of all operations of `fn(params, *args)`, at any depth."""
+    return frozenset(eqn.primitive.name for eqn in _equations(trace(fn, params, *args)[0]))
+
+
+def _equations(jaxpr: Any, effects: bool = False) -> Iterator[Any]:
+    """All of any depth, or those with effects: what a kernel does to its own buffers stays in it."""
+    for eqn in (e for e in opened(jaxpr)[0].eqns if e.effects or not effects):
         yield eqn
         for inner in core.jaxprs_in_params(eqn.params):
-            yield from _equations(inner)
+            yield from _equations(inner, effects)
 
 
 HERE = str(Path(__file__).parent)

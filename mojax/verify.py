@@ -226,7 +226,8 @@ class _Check:
         """What was not encoded is there, byte for byte, unless the plan rewrote it."""
         assert self.source is not None and self.source.checkpoint is not None
         files = self.source.checkpoint
-        rewritten = {f.producer for found in folded(self.out, self.source).values() for f in found}
+        moved = (f for found in folded(self.out, self.source).values() for f in found)
+        rewritten = {name for f in moved for name in (f.producer, *f.also)}
         known = set(files)
         for name in files:
             if name.removesuffix(".weight") in self.encoded and name.endswith(".weight"):

@@ -57,6 +57,10 @@ class View(NamedTuple):
     def of(cls, root: Any, shape: Shape) -> View:
         return cls(root, tuple((Atom(i, 1, n, 0),) for i, n in enumerate(shape)))
 
+    @property
+    def shape(self) -> Shape:
+        return tuple(math.prod(a.size for a in axis) for axis in self.axes)
+
     def row(self, loop: Any = None) -> View:
         """What one step of a scan sees: the entry of the first axis that the loop is at."""
         axis = [a.axis for a in self.axes[0] if a.axis is not None and (a.stride, a.offset) == (1, 0)]
@@ -91,6 +95,10 @@ class View(NamedTuple):
         return a.axis or 0, -a.stride
 
 
+CASTS = "convert_element_type copy copy_p device_put name pcast pvary reduce_precision sharding_constraint"
+SAME = (*CASTS.split(), "stop_gradient", "optimization_barrier")
+
+
 def follow(name: str, params: Mapping[str, Any], shapes: Sequence[Shape], view: View) -> list[View | None]:
     """The views that the outputs of an operation give of what its first input shows; None where it is lost.
 
@@ -118,7 +126,7 @@ def follow(name: str, params: Mapping[str, Any], shapes: Sequence[Shape], view: 
             starts = itertools.accumulate(p["sizes"], initial=0)
             corners = [[n * (i == p["axis"]) for i in range(len(axes))] for n in starts]
             out = [_slice(axes, *part) for part in zip(corners, shapes, strict=False)]
-        case _ if len(shapes) == 1:  # a cast, a name, a barrier
+        case _ if name in SAME and len(shapes) == 1:
             out = [axes]
     return [None if a is None else view._replace(axes=a) for a in out]
 

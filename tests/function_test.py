@@ -15,9 +15,11 @@ from jax.interpreters import mlir
 
 import mojax
 from mojax.errors import InputError
-from mojax.rules import Dims, Dot
+from mojax.kernels.matmul import matmul
+from mojax.rules import Dims, Dot, Move
 from mojax.trace import Site, graph
 from mojax.trace import sites as traced
+from mojax.view import follow
 
 X = zoo.floats(5, 16)
 
@@ -121,13 +123,41 @@ def test_a_primitive_of_the_users_own():
     times.def_abstract_eval(lambda x, w: x.update(shape=(x.shape[0], w.shape[1])))
     mlir.register_lowering(times, mlir.lower_fun(lambda x, w: x @ w, multiple_results=False))
     fn, p = lambda p, x: times.bind(x, p["w"]), {"w": zoo.floats(16, 8)}
-    rule = Dot("dot", lambda params, shapes, side: Dims((0,), (1,)) if side else None)
+    dims = lambda params, shapes, side: Dims((0,), (1,)) if side else None  # noqa: E731
+    rule = Dot("dot", dims, kernel=lambda x, q, params: matmul(x, q, dtype=x.dtype))
     assert mojax.sites(mojax.from_function(fn, p, X)) == ()
     model = mojax.from_function(fn, p, X, rules={"times_for_test": rule})
     assert [s.weight for s in mojax.sites(model)] == ["w"]
     fake = mojax.fake_quant(model, "int8")
     assert 0 < np.abs(fake(X) - model(X)).max() < 0.1
     np.testing.assert_allclose(mojax.quantize(model, "int8")(X), fake(X), rtol=1e-5, atol=1e-5)
+    without = mojax.from_function(fn, p, X, rules={"times_for_test": Dot("dot", dims)})
+    with pytest.raises(
+        mojax.PlanError, match=r"w: is packed .* meets times_for_test, whose rule has no kernel"
+    ):
+        mojax.quantize(without, "int8")
+
+
+def test_rules_are_checked():
+    def made(rules, x=X):
+        return mojax.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 4))}, x, rules=rules)
+
+    cases = {
+        "the function has no operation 'dot_genral'; did you mean 'dot_general'": {
+            "dot_genral": Move(follow)
+        },
+        "dot_general is int, needed a Dot, Call or Move": {"dot_general": 3},
+        "op is 'matmul', needed one of dot": {"dot_general": Dot("matmul", lambda p, s, side: None)},
+        "dims returned tuple, needed Dims": {"dot_general": Dot("dot", lambda p, s, side: ((0,), (1,)))},
+        r"axis 7 .*lacks|names an axis": {"dot_general": Dot("dot", lambda p, s, side: Dims((7,), (1,)))},
+        r"axis 1 of \[16, 4\] and axis 1 of": {
+            "dot_general": Dot("dot", lambda p, s, side: Dims((1,), (1,)))
+        },
+    }
+    for message, rules in cases.items():
+        with pytest.raises(InputError, match=message):
+            mojax.sites(made(rules))
+    assert made({"dot_general": Move(follow)}).sites == ()  # which knows nothing of a product
 
 
 def test_sites_of_a_checkpoint_are_those_of_its_blocks():

@@ -80,7 +80,7 @@ MAY = {
     "mojax.models": ("mojax.errors", "mojax.models"),
     "mojax.kernels": ("mojax.errors", "mojax.kernels", "mojax.formats"),
     "mojax.view": (),
-    "mojax.rules": ("mojax.view",),
+    "mojax.rules": ("mojax.errors", "mojax.view"),
     "mojax.structure": ("mojax.errors", "mojax.structure", "mojax.rules", "mojax.view"),
     "mojax.trace": ("mojax.errors", "mojax.structure", "mojax.rules", "mojax.view"),
     "mojax.leaf": ("mojax.formats.base", "mojax.view"),

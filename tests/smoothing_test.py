@@ -88,3 +88,28 @@ def test_a_kernel_of_pallas_is_named_and_no_side_effect():
 def test_an_argument_that_is_no_array_is_named():
     with pytest.raises(InputError, match=r"argument 2 of the example holds str \('mean'\)"):
         mojax.from_function(lambda p, x, how: x @ p["w"], {"w": weight(16, 16)}, X, "mean")
+
+
+def scanned(p, x):
+    def layer(c, row):
+        h = (c * jax.lax.rsqrt(jnp.mean(c * c, -1, keepdims=True))) * row["g"][None] + row["b"][None]
+        return c + jnp.tanh(h @ row["a"]) @ row["c"], None
+
+    return jax.lax.scan(layer, x, p)[0]
+
+
+def test_layers_of_a_scan_are_smoothed_one_by_one_and_biases_with_their_gains():
+    p = {"g": 1 + weight(3, 16), "b": weight(3, 16), "a": weight(3, 16, 16), "c": weight(3, 16, 16)}
+    p["g"] = p["g"].at[1, 5].mul(40)
+    model = mojax.from_function(scanned, p, X)
+    (site,) = (s for s in mojax.sites(model) if s.weight == "a")
+    assert (site.producer, site.also, site.batch) == ("g", ("b",), (0,))
+    stats = mojax.calibrate(model, SMOOTH, [X])
+    fake = mojax.fake_quant(model, SMOOTH, stats)
+    moved = {n: fake.params[n] for n in model.names}
+    assert np.abs(moved["g"] / p["g"] - 1).max() > 0.1 and np.abs(moved["b"] / p["b"] - 1).max() > 0.1
+    np.testing.assert_allclose(model.flat(moved, X), model(X), rtol=1e-3, atol=1e-3)
+    ratio = np.asarray(moved["g"] / p["g"])
+    assert np.abs(ratio[0] - ratio[1]).max() > 0.1  # scales of their own
+    look = intercept(scanned, lambda place: (None, jnp.max(jnp.abs(place.x))))
+    np.testing.assert_allclose(fake.maxima["a"], look(moved, X)[1]["a"], rtol=1e-3)

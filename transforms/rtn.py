@@ -29,7 +29,8 @@ def _encode(format: Format, w: Any, outer: Any) -> QTensor:
 
 @jit()
 def _largest(w: Any) -> jax.Array:
-    return jnp.max(jnp.abs(w)).astype(jnp.float32)
+    top = jnp.max(jnp.abs(w)).astype(jnp.float32)
+    return jnp.where(jnp.all(jnp.isfinite(w)), top, jnp.inf)  # XLA's maximum on a CPU may lose a NaN
 
 
 def largest(w: Any, rows: int) -> np.float32:

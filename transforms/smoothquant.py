@@ -26,15 +26,15 @@ SMALLEST = 1e-5  # of a scale, as in the paper's code: keeps dead channels finit
 
 @jit(static_argnums=(2,))
 def solve(x: jax.Array, weights: tuple[jax.Array, ...], alpha: float) -> jax.Array:
-    """The scales s, float32 `[in]`, from max|X_j| `[in]` and the weights `[out, in]` that read X."""
-    w = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(v), axis=0).astype(jnp.float32) for v in weights])
+    """The scales s, float32 `[*batch, in]`, from max|X_j| and the weights `[*batch, out, in]` that read X."""
+    w = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(v), axis=-2).astype(jnp.float32) for v in weights])
     s = jnp.maximum(jnp.power(x, alpha) / jnp.power(w, 1 - alpha), SMALLEST)
     return jnp.where((x == 0) | (w == 0), 1.0, s)
 
 
 @jit()
 def _columns(w: jax.Array, s: jax.Array) -> jax.Array:
-    return (w.astype(jnp.float32) * s[None, :]).astype(w.dtype)
+    return (w.astype(jnp.float32) * jnp.expand_dims(s, -2)).astype(w.dtype)
 
 
 @jit()
@@ -50,55 +50,61 @@ def smoothquant(*, alpha: float = 0.5) -> Transform:
 
 
 class Fold(NamedTuple):
-    """A producer that is divided by s, and the weights that read what it produces, multiplied by s."""
+    """A producer that is divided by s, the weights that read what it produces, multiplied by s, and the bias
+    beside the producer, if any, divided too."""
 
     producer: str
     readers: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
 
 def folds(context: Context) -> tuple[Fold, ...]:
     """Where scales can move without touching what is kept.
 
-    Every reader is encoded, and the producer too, unless it is a norm gain that no rule keeps.
+    Every reader is encoded, and the producer too, unless it is a norm gain that no rule keeps. The layers
+    of a scanned stack have scales of their own; what is between the linears of experts stays.
     """
-    found: dict[tuple[int, str], list[str]] = {}
-    # More than one scale a row, or more to scale than the rows of one weight.
-    others = {s.group for s in context.sites if s.op != "dot" or s.channels or s.also or s.batch}
+    encoded = {module + ".weight" for module in context.schemes}
+    # More than one scale a row, or a stack of matrices to divide.
+    others = {
+        s.group for s in context.sites if s.op != "dot" or s.channels or (s.batch and s.producer in encoded)
+    }
+    found: dict[tuple[int, str, tuple[str, ...]], list[str]] = {}
     for site in context.sites:
         if site.producer is not None and site.group not in others:
-            found.setdefault((site.group, site.producer), []).append(site.weight)
-    encoded = {module + ".weight" for module in context.schemes}
+            found.setdefault((site.group, site.producer, site.also), []).append(site.weight)
     fixed = context.kept | {site.weight for site in context.sites if site.weight not in encoded}
     return tuple(
-        Fold(producer, tuple(readers))
-        for (_, producer), readers in found.items()
-        if producer not in fixed and encoded.issuperset(readers)
+        Fold(producer, tuple(readers), also)
+        for (_, producer, also), readers in found.items()
+        if fixed.isdisjoint((producer, *also)) and encoded.issuperset(readers)
     )
 
 
 def rewrites(context: Context) -> frozenset[str]:
-    """The norm gains that absorb a scale."""
-    return frozenset(f.producer for f in folds(context)) - {m + ".weight" for m in context.schemes}
+    """The norm gains, and the biases beside them, that absorb a scale."""
+    moved = {name for f in folds(context) for name in (f.producer, *f.also)}
+    return frozenset(moved) - {m + ".weight" for m in context.schemes}
 
 
 def _apply(alpha: float, params: Params, stats: Mapping[str, Mapping[str, Any]], context: Context) -> Params:
     changed: dict[str, Any] = {}
-    for producer, readers in folds(context):
+    for producer, readers, also in folds(context):
         if readers[0] not in stats:
             raise InputError(
                 f"{readers[0]}: smoothquant needs the largest magnitude of its inputs, but calibration has "
                 "not seen them"
             )
         now = {**params, **changed}
-        if not jnp.issubdtype(now[producer].dtype, jnp.floating):
-            continue  # it cannot hold what is left of it
+        if not all(jnp.issubdtype(now[n].dtype, jnp.floating) for n in (producer, *also)):
+            continue  # they cannot hold what is left of them
         absmax = jnp.asarray(stats[readers[0]]["absmax"])
         s = solve(absmax, tuple(now[w] for w in readers), alpha)
-        changed[producer] = _rows(now[producer], s)
+        changed |= {n: _rows(now[n], s) for n in (producer, *also)}
         for w in readers:
             changed[w] = _columns(now[w], s)
             module = w.removesuffix(".weight")
             inputs = context.schemes[module].inputs
             if inputs is not None and inputs.static:
-                changed[module + ".input_scale"] = np.float32(jnp.max(absmax / s))
+                changed[module + ".input_scale"] = np.asarray(jnp.max(absmax / s, axis=-1), np.float32)
     return changed

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mojax.rules import Dims, Dot, Rules
+from mojax.rules import Dims, Dot, Rules, dims_of
 from mojax.view import Atom, Shape, View
 
 
@@ -89,7 +89,7 @@ def read(op: Op, rules: Rules) -> Read | None:
     if len(sides) != 1:
         return None
     side = sides[0]
-    dims = rule.dims(op.params, [x.shape for x in op.inputs], side)
+    dims = dims_of(op.name, rule, op.params, [x.shape for x in op.inputs], side)
     if dims is None:
         return None
     weight, x = op.inputs[side].view, op.inputs[1 - side].view
