@@ -359,6 +359,7 @@ def test_what_cannot_be_packed_or_run_is_said():
         mojax.calibrate(shapes, STATIC, [m.args])
     with pytest.raises(InputError, match="quantize: found function, needed a Function"):
         mojax.quantize(p.fn, INT8_WEIGHTS)
+    model = model_of("matmul")
     with pytest.raises(InputError, match="batches: there are none"):
         mojax.calibrate(model, STATIC, [])
     broken = dataclasses.replace(model, params={"w": model.params["w"].at[0, 0].set(jnp.nan)})
