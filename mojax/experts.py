@@ -1,5 +1,6 @@
-"""Experts of one layer: a single leaf here, `...experts.*.up_proj.weight [experts, out, in]`, and one tensor
-`[out, in]` each in the files, `...experts.0.up_proj.weight` and so on. The star stands for their numbers.
+"""Experts of one layer: a single leaf with a star in its name here, one tensor each in the files.
+
+`...experts.*.up_proj.weight [experts, out, in]` is `...experts.0.up_proj.weight [out, in]` and so on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What README.md and ARCHITECTURE.md show: code runs, commands print what is pasted, tables are true."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -181,6 +182,19 @@ def test_every_file_that_is_named_exists():
     folders = ("mojax", "tests", *rooms_at_the_top())
     there = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert set(re.findall(r"\b\w+\.py\b", prose)) <= there
+
+
+def test_every_file_of_the_core_is_told_by_its_own_first_sentence():
+    told = dict(re.findall(r"^- `([\w/]+)\.py`: (.*)$", ARCHITECTURE, re.M))
+    folder = ROOT / "mojax"
+    files = [*folder.glob("*.py"), *(folder / "structure").glob("*.py")]
+    expected = {}
+    for path in files:
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if not path.stem.startswith("__"):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            expected[name] = doc.split("\n\n")[0].replace("\n", " ")
+    assert told == expected
 
 
 def rooms_at_the_top():

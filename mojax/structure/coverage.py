@@ -1,4 +1,4 @@
-"""What becomes of every parameter in a program: read by a site, kept as it is, or out of reach."""
+"""What becomes of every parameter of a program: read by a site, kept as it is, or out of reach."""
 
 from __future__ import annotations
 
