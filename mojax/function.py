@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from mojax.structure import axes
 from mojax.structure.graph import Graph
 from mojax.trace import Site
 
+NEVER = "kept: never used"  # as coverage says it
 INPUT = ".input_scale"  # of the leaf that holds a calibrated maximum
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # contract, batch
 
@@ -155,7 +158,11 @@ def scale_name(leaf: str) -> str:
 
 
 def from_function(
-    fn: Callable, params: Any, *example: Any, rules: Mapping[str, Rule] | None = None
+    fn: Callable,
+    params: Any,
+    *example: Any,
+    rules: Mapping[str, Rule] | None = None,
+    unused: bool = False,
 ) -> Function:
     """A Function from `fn(params, *args)`.
 
@@ -163,9 +170,10 @@ def from_function(
       params: any pytree of arrays or `jax.ShapeDtypeStruct`s.
       example: arguments, of which shapes and dtypes are looked at; ShapeDtypeStructs do.
       rules: of primitives that mojax does not know, or knows otherwise; see `mojax.rules`.
+      unused: whether fn may leave parameters alone; else that is taken for a mistake.
     Raises:
-      InputError: a leaf of params or of example is no array, two have one name, a rule cannot be used, or fn
-        cannot be traced. What fn itself raises (shapes that do not fit) comes as it is.
+      InputError: a leaf of params or of example is no array or is never used, two have one name, a rule
+        cannot be used, or fn cannot be traced. What fn itself raises (shapes that do not fit) comes as it is.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_packed)
     flat: dict[str, Any] = {}
@@ -195,7 +203,14 @@ def from_function(
     if rules:
         known = trace.primitives(model.flat, model.specs, *specs)
         model = dataclasses.replace(model, rules=checked_rules(rules, known))
-    _ = model.graph  # what cannot be traced is said here
+    spare = [n for n, said in coverage(model).items() if said == NEVER]
+    if spare and not unused:
+        code = getattr(inspect.unwrap(fn), "__code__", None)
+        where = f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
+        raise InputError(
+            f"params: {', '.join(spare[:5])}{' ...' * (len(spare) > 5)}: never used by the function{where}; "
+            "leave out what it does not need, or pass unused=True"
+        )
     return model
 
 
@@ -214,6 +229,7 @@ def from_flax(
     *example: Any,
     variables: Any = None,
     rules: Mapping[str, Rule] | None = None,
+    unused: bool = False,
     **constants: Any,
 ) -> Function:
     """A Function from a Flax module, called as it is: `module(*args, **constants)`.
@@ -225,6 +241,7 @@ def from_flax(
     Args:
       module: an `nnx.Module`, or a `linen.Module` that is bound (`module.bind(variables)`).
       variables: of a Linen module that is not bound, what `module.init` gave.
+      rules, unused: as of `from_function`.
       constants: keyword arguments that are not traced, such as `train=False`.
     Raises:
       InputError: not a module, a Linen module without variables, or one that cannot be called so.
@@ -233,9 +250,11 @@ def from_flax(
 
     try:
         if isinstance(module, nnx.Module):
-            return from_function(*_nnx(nnx, module, constants), *example, rules=rules)
+            return from_function(*_nnx(nnx, module, constants), *example, rules=rules, unused=unused)
         if isinstance(module, linen.Module):
-            return from_function(*_linen(linen, module, variables, constants), *example, rules=rules)
+            return from_function(
+                *_linen(linen, module, variables, constants), *example, rules=rules, unused=unused
+            )
     except errors.FlaxError as error:
         raise InputError(
             f"{type(module).__name__}: cannot be called with this example: {error}; set the mode it is to "

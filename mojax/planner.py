@@ -309,7 +309,9 @@ class _Planner:
             )
         if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
             return f"{name}: is {dtype.name}, only float tensors can be quantized; add --keep={name}"
-        if scheme.inputs is not None and scheme.inputs.static and self.roles.get(name) != "linear":
+        known = self.model.family is not None  # else `_data` says it once
+        static = scheme.inputs is not None and scheme.inputs.static
+        if known and static and self.roles.get(name) != "linear":
             return (
                 f"{name}: its inputs need a static scale, and only linears of the blocks are calibrated; "
                 "use a format with dynamic inputs, or none"

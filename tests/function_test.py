@@ -52,7 +52,11 @@ def run(net, x):
 
 
 def test_any_pytree_has_names_and_comes_back():
-    model = mojax.from_function(run, net(), X)
+    with pytest.raises(
+        InputError, match=r"params: head.bias: never used by the function \(function_test.py:\d+\)"
+    ):
+        mojax.from_function(run, net(), X)
+    model = mojax.from_function(run, net(), X, unused=True)
     assert list(model.params) == [
         *(f"layers.{i}.{leaf}" for i in range(2) for leaf in ("kernel", "bias")),
         "head.kernel",

@@ -137,3 +137,11 @@ def test_the_plan_says_that_the_cache_is_quantized(tmp_path):
     made = mojax.plan(mojax.load("tiny"), str(mine))
     assert "key/value cache fp8" in plan_table.totals(made)
     assert plan_table.as_dict(made)["kv_cache"] == "fp8"
+
+
+def test_generic_says_once_that_a_recipe_needs_data(tmp_path):
+    model = generic_model(tmp_path)
+    with pytest.raises(PlanError) as caught:
+        plan(model, "nvfp4")
+    assert len(str(caught.value).splitlines()) == 1
+    assert "nvfp4 needs calibration" in str(caught.value)
