@@ -8,14 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e2e_test import native
+from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 import mojax
 from mojax import calibration, checkpoint, cli, experts, inspection, model, pipeline, plan_table, verify
 from mojax.calibration import Stats
 from mojax.formats.base import QTensor
 from mojax.recipe import adjusted, load_recipe
-from tests.e2e_test import native
-from tests.moe_models import tiny_mixtral, tiny_qwen3_moe
 
 SMALL: dict[str, Any] = {"sequences": 4, "length": 32}
 HIDDEN, WIDTH, COUNT = 128, 256, 4

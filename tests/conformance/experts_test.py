@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from families_test import arrays, divergences, logits, reference, starred, tokens_for
+from family_cases import MISSING, raw
+from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 from mojax.find import find
 from mojax.models import layers
-from tests.conformance.families_test import arrays, divergences, logits, reference, starred, tokens_for
-from tests.conformance.family_cases import MISSING, raw
-from tests.moe_models import tiny_mixtral, tiny_qwen3_moe
 
 
 def read_starred(folder) -> dict[str, np.ndarray]:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from family_cases import BAD, BAD_OWN, CASES, OWN, PUBLISHED, ROPES, draw, raw
 
 from mojax.errors import InputError
 from mojax.find import find, names
-from tests.conformance.family_cases import BAD, BAD_OWN, CASES, OWN, PUBLISHED, ROPES, draw, raw
 
 FAMILIES = names("models")
 LENGTH = 40

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 import mojax
 from mojax import recipe
@@ -20,7 +21,6 @@ from mojax.checkpoint import open_checkpoint
 from mojax.converters.compressed_tensors.schemes import check
 from mojax.experts import starred
 from mojax.model import decode
-from tests.moe_models import tiny_mixtral, tiny_qwen3_moe
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

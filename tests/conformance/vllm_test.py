@@ -21,11 +21,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 import mojax
 from mojax import evaluation, recipe
 from mojax.checkpoint import open_checkpoint, write_shard
-from tests.moe_models import tiny_mixtral, tiny_qwen3_moe
 
 pytestmark = pytest.mark.clients
 
