@@ -147,7 +147,7 @@ class Plan:
     def memory(self, tokens: int) -> int:
         """Bytes to expect: the largest block three times (experts five), activations of `tokens` twice."""
         size: dict[str, int] = {}
-        for r in self.rows:  # experts are stacked, copied, and converted by the CPU's ragged dot
+        for r in self.rows:  # experts are stacked and decoded whole
             size[r.block] = size.get(r.block, 0) + r.before * (5 if experts.starred(r.name) else 3)
         hidden = max((r.shape[-1] for r in self.rows if r.role == "embedding"), default=0)
         return max(size.values()) + 2 * tokens * hidden * 4
