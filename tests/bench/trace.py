@@ -2,7 +2,7 @@
 
     python tests/bench/trace.py
 
-The model is a mixture of experts of 48 layers and 119 billion parameters, unrolled, given as shapes alone.
+The model is a mixture of experts of 48 layers and 121 billion parameters, unrolled, given as shapes alone.
 The cost of the interpreter is the ratio of two compiled programs in one process: the function itself, and
 the function through `intercept` with a hook that does nothing. Times are the least of several, interleaved.
 """
