@@ -15,6 +15,7 @@ from mojax import interpret, trace
 from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import QTensor, Scheme
+from mojax.model import INPUT
 from mojax.rules import RULES, Rule, Rules
 from mojax.rules import checked as checked_rules
 from mojax.simulate import leading, round_input, round_weight
@@ -23,7 +24,6 @@ from mojax.structure.graph import Graph
 from mojax.trace import Site
 
 NEVER = "kept: never used"  # as coverage says it
-INPUT = ".input_scale"  # of the leaf that holds a calibrated maximum
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # contract, batch
 
 

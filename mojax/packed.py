@@ -79,9 +79,9 @@ def run(
     kernel = (
         matmul(x, q, dtype=out.dtype) if rule.op == "dot" else grouped_matmul(x, q, *others, dtype=out.dtype)
     )
-    y = kernel.reshape(*lead, *(a.size for a in sorted(order, key=_place)))
-    n = len(lead)
-    y = y.transpose(*range(n), *(n + sorted(order, key=_place).index(a) for a in order))
+    in_root, n = sorted(order, key=_place), len(lead)
+    y = kernel.reshape(*lead, *(a.size for a in in_root))
+    y = y.transpose(*range(n), *(n + in_root.index(a) for a in order))
     b = len(paired)
     given = [batch.index(i) for i in range(b)]  # as the operation orders them
     width = y.ndim - n

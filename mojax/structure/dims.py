@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 MOST = 64  # segments of one axis; beyond, as in a product of shifted copies, it is frozen
@@ -115,40 +115,26 @@ def unify(a: Dim, b: Dim, reason: str) -> None:
 def _align(a: Dim, b: Dim, reason: str) -> bool:
     """Unify the parts of two axes, taking apart those that are longer; whether they fit."""
     if a.product and b.product:
-        return _align_factors(factors(a), factors(b), reason)
+        return _align_parts(factors(a), factors(b), factor, factors, reason)
     if a.product:
         a, b = b, a
-    return _align_segments(segments(a), [b] if b.product else segments(b), reason)
+    left, right = segments(a), [b] if b.product else segments(b)
+    short = len(left) <= MOST and len(right) <= MOST
+    return short and _align_parts(left, right, cut, segments, reason)
 
 
-def _align_factors(left: list[Dim], right: list[Dim], reason: str) -> bool:
+def _align_parts(left: list[Dim], right: list[Dim], take: Callable, parts: Callable, reason: str) -> bool:
+    """Unify two rows of parts, first with first; `take` cuts the longer one, `parts` are those of the rest."""
     while left and right:
         if left[0].size < right[0].size:
             left, right = right, left
         x, y = left.pop(0), right.pop(0)
         if x.size > y.size:
-            found = factor(x, y.size, reason)
+            found = take(x, y.size, reason)
             if found is None:
                 return False
             x, rest = found
-            left[:0] = factors(rest)
-        unify(x, y, reason)
-    return True
-
-
-def _align_segments(left: list[Dim], right: list[Dim], reason: str) -> bool:
-    if len(left) > MOST or len(right) > MOST:
-        return False
-    while left and right:
-        if left[0].size < right[0].size:
-            left, right = right, left
-        x, y = left.pop(0), right.pop(0)
-        if x.size > y.size:
-            found = cut(x, y.size, reason)
-            if found is None:
-                return False
-            x, rest = found
-            left[:0] = segments(rest)
+            left[:0] = parts(rest)
         unify(x, y, reason)
     return True
 
