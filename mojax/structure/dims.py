@@ -124,7 +124,7 @@ def _align(a: Dim, b: Dim, reason: str) -> bool:
 
 
 def _align_parts(left: list[Dim], right: list[Dim], take: Callable, parts: Callable, reason: str) -> bool:
-    """Unify two rows of parts, first with first; `take` cuts the longer one, `parts` are those of the rest."""
+    """Unify rows of parts, first with first; `take` cuts the longer one, `parts` are those of the rest."""
     while left and right:
         if left[0].size < right[0].size:
             left, right = right, left
