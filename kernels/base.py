@@ -1,13 +1,15 @@
-"""What kernels share: the decoded weight, and how its matrices meet the inputs."""
+"""What kernels share: the decoded weight, how its matrices meet the inputs, and who computes an operation."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mojax.errors import InputError
+from mojax.errors import InputError, nearest
 from mojax.formats.base import QTensor
 from mojax.formats.leaf import matrices
 from mojax.formats.numerics import narrow
@@ -41,3 +43,71 @@ def same_dtype(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both operands in the dtype they have in common, else in float32."""
     dtype = x.dtype if x.dtype == w.dtype else jnp.float32
     return x.astype(dtype), w.astype(dtype)
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation.
+
+    Attributes:
+      name: of what runs it, in errors: "hopper weight-only".
+      arch: compute capabilities (major numbers) of the GPUs it is for; () is any device.
+      why_not: `why_not(*args, **options)`, why it cannot take these arguments, or None.
+      run: `run(*args, **options)`.
+    """
+
+    name: str
+    arch: tuple[int, ...]
+    why_not: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def dispatch(
+    op: str, implementations: Sequence[Implementation], *args: Any, only: str | None = None, **options: Any
+) -> Any:
+    """Run the first implementation that takes the arguments on the default device.
+
+    Args:
+      only: the name of the one to run, whatever the device is; None tries them in order.
+    Raises:
+      InputError: none can take them; the reason of every one. No implementation has that name.
+    """
+    names = [i.name for i in implementations]
+    if only is not None and only not in names:
+        raise InputError(f"{op}: there is no implementation {only!r}{nearest(only, names)}")
+    reasons, major = [], compute_capability()
+    for i in implementations:
+        if only not in (None, i.name):
+            continue
+        if only is None and i.arch and major not in i.arch:
+            reason = f"is for compute capability {', '.join(f'{a}.x' for a in i.arch)}, not {device_kind()}"
+        else:
+            reason = i.why_not(*args, **options)
+        if reason is None:
+            with jax.named_scope(f"{op}[{i.name}]"):  # so that programs and profiles say what ran
+                return i.run(*args, **options)
+        reasons.append(f"{i.name}: {reason}")
+    raise InputError(f"{op}: no implementation takes these arguments; " + "; ".join(reasons))
+
+
+def pallas(name: str, arch: tuple[int, ...], file: str, run: str, why_not: str = "why_not") -> Implementation:
+    """The Pallas kernel `run` of kernels/gpu/<file>.py, imported when it is tried: Pallas takes a while."""
+
+    def late(function: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            return getattr(importlib.import_module(f"mojax.kernels.gpu.{file}"), function)(*args, **options)
+
+        return call
+
+    return Implementation(name, arch, late(why_not), late(run))
+
+
+def compute_capability() -> int | None:
+    """The major number of the default device's CUDA compute capability; None where it is no such GPU."""
+    found = str(getattr(jax.devices()[0], "compute_capability", ""))
+    major = found.partition(".")[0]
+    return int(major) if major.isdigit() else None
+
+
+def device_kind() -> str:
+    """The default device in words."""
+    return jax.devices()[0].device_kind

@@ -15,13 +15,22 @@ import numpy as np
 from jax import lax
 
 from mojax.errors import InputError
-from mojax.formats.base import Array, QTensor
+from mojax.formats.base import Array, Format, QTensor
 from mojax.kernels.base import decoded, same_dtype, weight_of
+from mojax.kernels.product import Factors, factors, multiply, rounded
 
 TILE = 64  # rows at least; smaller wastes the multiplier, larger wastes rows of small groups
 
 
-def grouped_matmul(x: Array, w: Array | QTensor, sizes: Array, *, dtype: Any) -> jax.Array:
+def grouped_matmul(
+    x: Array,
+    w: Array | QTensor,
+    sizes: Array,
+    *,
+    dtype: Any,
+    inputs: Format | None = None,
+    outer: Array | None = None,
+) -> jax.Array:
     """`x [rows, in]` times `w [groups, out, in]`, summed in float32, as `dtype [rows, out]`.
 
     Differentiable in `x`, and in `w` where it is an array.
@@ -29,6 +38,7 @@ def grouped_matmul(x: Array, w: Array | QTensor, sizes: Array, *, dtype: Any) ->
     Args:
       sizes: int32 `[groups]`. The first `sizes[0]` rows meet matrix 0, the next `sizes[1]` matrix 1, and so
         on; rows beyond their sum give zeros.
+      inputs, outer: a format that `x` is rounded to first, and its static scale, as in `matmul`.
     Raises:
       InputError: `x` is not `[rows, in]`, the weight has not one batch axis, `in` differs, or `sizes` is not
         one integer per group.
@@ -45,7 +55,12 @@ def grouped_matmul(x: Array, w: Array | QTensor, sizes: Array, *, dtype: Any) ->
             f"grouped_matmul: sizes are {sizes.dtype} {sizes.shape}; weight {w.shape} needs int32 "
             f"{w.shape[:1]}"
         )
-    return _grouped(x, w, sizes.astype(jnp.int32), np.dtype(dtype))
+    sizes = sizes.astype(jnp.int32)
+    if inputs is None:
+        return _grouped(x, w, sizes, np.dtype(dtype))
+    x, after = rounded(x, inputs, outer)
+    y = jnp.asarray(_grouped(x, w, sizes, np.dtype(np.float32)))
+    return (y if after is None else y * after).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -93,13 +108,15 @@ def _tiles(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array
 
         def some(y: jax.Array) -> jax.Array:
             packed = isinstance(w, QTensor)
-            one = decoded(w.row(e)) if packed else lax.dynamic_index_in_dim(w, e, keepdims=False)
+            one = (
+                factors(w.row(e))
+                if packed
+                else Factors((lax.dynamic_index_in_dim(w, e, keepdims=False),), None)
+            )
 
             def step(state: tuple) -> tuple:
                 at, y = state
-                part, weight = same_dtype(lax.dynamic_slice_in_dim(padded, at, tile), one)
-                dims = (((1,), (1,)), ((), ()))
-                new = lax.dot_general(part, weight, dims, preferred_element_type=jnp.float32).astype(dtype)
+                new = multiply(lax.dynamic_slice_in_dim(padded, at, tile), one).astype(dtype)
                 new = jnp.where((at + rows < end)[:, None], new, jnp.zeros((), dtype))
                 return at + tile, lax.dynamic_update_slice_in_dim(y, new, at, 0)
 

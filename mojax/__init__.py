@@ -22,6 +22,7 @@ _HOME = {
     "evaluate": "mojax.compress",
     "export": "mojax.writer",
     "optimize": "mojax.pipeline",
+    "run": "mojax.generation",
     "Function": "mojax.function",
     "from_function": "mojax.function",
     "from_flax": "mojax.function",

@@ -14,6 +14,7 @@ VERBS = {
     "quantize": "quantize a checkpoint, verify and evaluate what was written",
     "plan": "print what quantize would do, and every problem; reads no weight",
     "evaluate": "KL, top-1 agreement and perplexity of a checkpoint against its source",
+    "generate": "continue prompts with a model as it is packed",
     "verify": "read a checkpoint back and check everything that a server relies on",
     "inspect": "what is inside any checkpoint",
     "convert": "write a quantized checkpoint in another dialect, same codes",
@@ -23,6 +24,7 @@ EXAMPLES = {
     "quantize": "mojax quantize --model=tiny --recipe=nvfp4 --out=tiny-nvfp4",
     "plan": "mojax plan --model=tiny --recipe=int4",
     "evaluate": "mojax evaluate --model=tiny-nvfp4 --reference=tiny",
+    "generate": "mojax generate --model=tiny-nvfp4 --prompt='The function returns'",
     "verify": "mojax verify --model=tiny-nvfp4 --reference=tiny",
     "inspect": "mojax inspect --model=tiny-nvfp4",
     "convert": "mojax convert --model=tiny-nvfp4 --format=modelopt --out=tiny-nvfp4-modelopt",
@@ -73,7 +75,14 @@ def define(verb: str) -> Flags:
     if verb == "quantize":
         flags.DEFINE_float("kl_limit", None, "largest mean KL, nats (default: the recipe's)", flag_values=f)
         switch("noevaluate", "skip the evaluation")
-    if verb in ("plan", "inspect", "verify", "recipes", "evaluate"):
+    if verb == "generate":
+        flags.DEFINE_multi_string("prompt", [], "a text to continue; repeatable, one batch", flag_values=f)
+        number("max_tokens", "at most so many tokens each (default 32)")
+        flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=f)
+        flags.DEFINE_float("top_p", 1.0, "sample from tokens with this share together", flag_values=f)
+        number("seed", "of the sampling (default 0)")
+        text("revision", None, "of a hub id")
+    if verb in ("plan", "inspect", "verify", "recipes", "evaluate", "generate"):
         switch("json", "machine-readable, on stdout")
     return f
 
@@ -105,8 +114,8 @@ def parse(verb: str, args: list[str]) -> tuple[Flags, list[str]]:
     if words and verb != "recipes":
         raise InputError(f"{verb}: {words[0]!r} is not a flag; write --flag=value")
     if verb != "recipes" and not f.help:
-        for name in ("model", "out", "reference" if verb == "evaluate" else "model"):
-            if name in known and f[name].value is None:
+        for name in ("model", "out", "reference" if verb == "evaluate" else "model", "prompt"):
+            if name in known and f[name].value in (None, []):
                 raise InputError(f"{verb} needs --{name}; for example: {EXAMPLES[verb]}")
     return f, words
 

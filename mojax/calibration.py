@@ -16,8 +16,9 @@ from mojax import checkpoint, interpret
 from mojax.compile import jit
 from mojax.errors import InputError, nearest
 from mojax.experts import listed
-from mojax.model import Model, Program, embed
+from mojax.model import Model
 from mojax.models.layers import Block
+from mojax.program import Program, embed
 from mojax.threads import each
 
 

@@ -182,6 +182,43 @@ def evaluate(f: Flags, words: list[str]) -> int:
     return 0
 
 
+def generate(f: Flags, words: list[str]) -> int:
+    from mojax import generation, model
+
+    numbers = {"max_tokens": f.max_tokens, "seed": f.seed}
+    options: dict[str, Any] = {k: v for k, v in numbers.items() if v is not None}
+    runner = generation.run(model.load(f.model, revision=f.revision))
+    alone = len(f.prompt) == 1 and not f.json
+    printed = _Printed()
+    made = runner.generate(
+        f.prompt, temperature=f.temperature, top_p=f.top_p, stream=printed if alone else None, **options
+    )
+    if f.json:
+        texts = [{"prompt": p, **t._asdict()} for p, t in zip(f.prompt, made.texts, strict=True)]
+        print(json.dumps({"texts": texts, "tokens_per_second": made.tokens_per_second}, indent=2))
+    elif alone:
+        printed(made.texts, last=True)
+    else:
+        for prompt, text in zip(f.prompt, made.texts, strict=True):
+            print(f"> {prompt}\n{text.text}\n")
+    if made.tokens_per_second is not None:
+        print(f"{made.tokens_per_second:.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+class _Printed:
+    """Prints a text as it grows."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def __call__(self, texts: Sequence[Any], last: bool = False) -> None:
+        text = texts[0].text
+        whole = text if last else text.rstrip("\ufffd")  # a character of which bytes are still to come
+        print(whole[self.length :], end="\n" if last else "", flush=True)
+        self.length = len(whole)
+
+
 def verify(f: Flags, words: list[str]) -> int:
     from mojax import evaluation
     from mojax import verify as verification
@@ -249,6 +286,7 @@ COMMANDS: dict[str, Callable[[Flags, list[str]], int]] = {
     "quantize": quantize,
     "plan": plan,
     "evaluate": evaluate,
+    "generate": generate,
     "verify": verify,
     "inspect": inspect,
     "convert": convert,

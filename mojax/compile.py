@@ -11,7 +11,7 @@ import jax
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def jit(static_argnums: tuple[int, ...] = ()) -> Callable[[F], F]:
+def jit(static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = ()) -> Callable[[F], F]:
     """`jax.jit` with two compiler options, as a decorator.
 
     XLA may keep bfloat16 intermediates in float32. A quantized input that is one unit away flips codes, so a
@@ -25,7 +25,12 @@ def jit(static_argnums: tuple[int, ...] = ()) -> Callable[[F], F]:
             options: dict[str, Any] = {"xla_allow_excess_precision": False}
             if jax.default_backend() == "cpu":
                 options["xla_backend_optimization_level"] = 1
-            return jax.jit(fn, static_argnums=static_argnums, compiler_options=options)
+            return jax.jit(
+                fn,
+                static_argnums=static_argnums,
+                donate_argnums=donate_argnums,
+                compiler_options=options,
+            )
 
         @functools.wraps(fn)
         def call(*args: Any) -> Any:

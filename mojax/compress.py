@@ -178,12 +178,21 @@ def unpackable(model: Function, choice: Choice) -> list[str]:
     return found
 
 
-def dequantize(model: Function) -> Function:
-    """The function with the values of its QTensors as arrays in their own dtype; inputs are still rounded.
+def dequantize(model: Any) -> Any:
+    """The model with the values of its QTensors as arrays in their own dtype; inputs are still rounded.
 
+    Of a checkpoint's Model this is what transformers computes with compressed-tensors: products of decoded
+    weights and decoded inputs, both rounded to the model's dtype. Packed, products are of the codes.
+
+    Args:
+      model: a Function; or a checkpoint's Model, whose weights are decoded when they are used.
     Raises:
-      InputError: not a Function.
+      InputError: neither of the two.
     """
+    from mojax.model import Model, dequantized
+
+    if isinstance(model, Model):
+        return dequantized(model)
     params = {
         n: decoded(v) if isinstance(v, QTensor) else v for n, v in checked(model, "dequantize").params.items()
     }

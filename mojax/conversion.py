@@ -12,8 +12,9 @@ from mojax import experts, find, pipeline, verify
 from mojax.converters import base as dialects
 from mojax.errors import InputError, PlanError
 from mojax.formats.base import QTensor
-from mojax.model import INPUT, Model, linears, load
+from mojax.model import Model, linears, load
 from mojax.planner import TARGETS, Plan, Row
+from mojax.program import INPUT
 from mojax.recipe import Calibration, Recipe
 from mojax.transforms.base import chain
 from mojax.writer import Writer

@@ -23,9 +23,9 @@ from mojax.checkpoint import Checkpoint
 from mojax.compile import jit
 from mojax.errors import InputError, NotFiniteError
 from mojax.experts import Stacked
-from mojax.formats.base import QTensor
-from mojax.model import Lazy, Model, decode, head, run_block
+from mojax.model import Lazy, Model
 from mojax.models.layers import Block
+from mojax.program import head, run_block
 from mojax.threads import each
 
 CHUNK = 2**24  # logits at a time, in elements
@@ -87,7 +87,7 @@ def compare(p_logits: jax.Array, q_logits: jax.Array, targets: Any) -> tuple[jax
 
 
 def hidden(model: Model, tokens: np.ndarray, interrupted: Callable[[], bool]) -> list[jax.Array]:
-    """The last block's output, in batches; inputs are simulated and weights decoded block by block."""
+    """The last block's output, in batches; quantized weights and inputs meet in kernels."""
     xs = start(model, tokens)
     for block in model.blocks:
         if interrupted():
@@ -98,9 +98,7 @@ def hidden(model: Model, tokens: np.ndarray, interrupted: Callable[[], bool]) ->
 
 def through(model: Model, block: Block, xs: list[jax.Array]) -> list[jax.Array]:
     """Batches of one block's output from those of its input; nothing of the block is held when it returns."""
-    params = model.local(block)
-    plain = not any(isinstance(leaf, QTensor) for leaf in params.values())
-    params = jax.device_put(params) if plain else decode(params)
+    params = jax.device_put(model.local(block))
     run = partial(run_block, model.program(block), params)
     out = [run(xs[0]), *each(run, xs[1:])]  # the first alone, so that it is compiled once
     return jax.block_until_ready(out)  # else the parameters of blocks to come are loaded meanwhile
@@ -195,7 +193,7 @@ def not_finite(model: Model) -> list[str]:
 
 def bits(model: Model, reference: Model) -> float:
     """8 x bytes of all tensors / parameters of the source; a tied tensor counts once."""
-    if model.checkpoint is not None and isinstance(model.params, (Checkpoint, Stacked, Lazy)):
+    if model.checkpoint is not None and type(model.params) in (Checkpoint, Stacked, Lazy):
         size = sum(e.stop - e.start for e in model.checkpoint.entries.values())
     else:
         size = sum(leaf.nbytes for leaf in model.params.values())

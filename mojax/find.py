@@ -12,7 +12,8 @@ from mojax.errors import InputError, nearest
 def names(room: str) -> tuple[str, ...]:
     """The files of a room (`formats`, `models`, `transforms`, `converters`, `kernels`), `base` excepted."""
     package = importlib.import_module(f"mojax.{room}")
-    shared = {"base", "layers", "leaf", "numerics", "rows"}  # what the files of a room have in common
+    # what the files of a room have in common
+    shared = {"base", "gpu", "layers", "leaf", "numerics", "product", "rows"}
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in shared))
 
 

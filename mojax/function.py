@@ -15,10 +15,10 @@ from mojax import interpret, trace
 from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import QTensor, Scheme
-from mojax.model import INPUT
+from mojax.program import INPUT
 from mojax.rules import RULES, Rule, Rules
 from mojax.rules import checked as checked_rules
-from mojax.simulate import leading, round_input, round_weight
+from mojax.simulate import leading, round_weight, rounded
 from mojax.structure import axes
 from mojax.structure.graph import Graph
 from mojax.trace import Site
@@ -135,7 +135,7 @@ class Function:
             if scheme is None or scheme.inputs is None or place.op in ("gather", "cache"):
                 return None, None
             amax = params.get(scale_name(place.name), self.maxima.get(place.name))
-            return place.run(x=round_input(scheme.inputs, place, amax)), None
+            return rounded(scheme.inputs, place, amax), None
 
         def read(name: str, value: Any) -> Any:
             if not self.fake or name not in self.schemes or isinstance(value, QTensor):

@@ -12,7 +12,8 @@ from mojax.converters import base as dialects
 from mojax.errors import InputError
 from mojax.evaluation import quantized_bits
 from mojax.experts import expand
-from mojax.model import INPUT, Model, load
+from mojax.model import Model, load
+from mojax.program import INPUT
 from mojax.verify import VerifyError, verify
 
 

@@ -50,8 +50,10 @@ class Place(NamedTuple):
       paired: the axes of `x` that meet axes of the parameter with a matrix per entry, in the order of those.
       groups: of a ragged_dot, int32 `[groups]`, the rows of `x` in each group; else None.
       at: where the parameter is one of `stacks`, the indices of the row that is read here; else ().
-      run: `run(x=None, w=None)` is the result of the operation, with another input and with another value of
-        the whole parameter (of its row inside a scan) if given.
+      packed: the parameter is a QTensor, which a kernel reads.
+      run: `run(x=None, w=None, rounding=None)` is the result of the operation, with another input and with
+        another value of the whole parameter (of its row inside a scan) if given. `rounding` is for a packed
+        parameter: how its kernel rounds `x` first, a `mojax.packed.Inputs`.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Place(NamedTuple):
     paired: tuple[int, ...]
     groups: jax.Array | None
     at: tuple[Any, ...]
+    packed: bool
     run: Callable[..., jax.Array]
 
 
@@ -244,7 +247,7 @@ class Walk:
         def run(x: Any = value) -> Any:
             return bind(eqn, [fitting(label, x, value)])[0]
 
-        place = Place(label, "cache", value, (), (), None, (), run)
+        place = Place(label, "cache", value, (), (), None, (), False, run)
         y, taps = self.visit(place, eqn, path)
         if y is not None:
             return [y], taps
@@ -261,12 +264,12 @@ class Walk:
         _, axes = meeting(dims, leaf.view)
         full, mine = loops.whole_input(self, dims, leaf, inputs[1 - side])
 
-        def run(x: Any = None, w: Any = None) -> Any:
+        def run(x: Any = None, w: Any = None, rounding: packed.Inputs | None = None) -> Any:
             here = inputs[1 - side] if x is None else mine(fitting(leaf.base.name, x, full))
             there = leaf if w is None else leaf.again(w, done=True)
             if isinstance(self.value(there.base), QTensor):
                 return packed.run(
-                    name, rule, eqn.params, dims, side, there, here, others, eqn.outvars[0].aval
+                    name, rule, eqn.params, dims, side, there, here, others, eqn.outvars[0].aval, rounding
                 )
             pair = [here, self.array(there, eqn)] if side else [self.array(there, eqn), here]
             narrow = eqn.outvars[0].aval.dtype.itemsize <= 4  # the kernel sums in float32
@@ -277,7 +280,8 @@ class Walk:
         groups = None if rule.groups is None else inputs[rule.groups]
         pairs = sorted(zip(dims.batch, dims.paired, strict=True), key=lambda p: leaf.view.order(p[0]))
         paired = tuple(d for _, d in pairs if d is not None)
-        place = Place(leaf.base.name, rule.op, full, axes, paired, groups, leaf.at, run)
+        is_packed = isinstance(self.value(leaf.base), QTensor)
+        place = Place(leaf.base.name, rule.op, full, axes, paired, groups, leaf.at, is_packed, run)
         met = leaf.view.root_axes(dims.batch)  # a tap has these after those of the scans
         ahead = all(a > s.over.axis for a in met for s in leaf.scans)
         y, taps = self.visit(place, eqn, path, leaf if ahead else dataclasses.replace(leaf, scans=()))

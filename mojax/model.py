@@ -8,21 +8,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import checkpoint, experts, find, interpret, trace
-from mojax.compile import jit
+from mojax import checkpoint, experts, find, trace
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
 from mojax.header import Entry
+from mojax.kernels.base import decoded
 from mojax.models.layers import Block
+from mojax.program import INPUT, Program, embed, head, run_block
 from mojax.reads import reads
-
-INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
 
 
 class Lazy(Mapping[str, Any]):
@@ -41,13 +40,8 @@ class Lazy(Mapping[str, Any]):
         return len(self._make)
 
 
-class Program(NamedTuple):
-    """What must be compiled once: a kind of layer and how its linears run. Hashable; a static argument."""
-
-    family: ModuleType
-    config: Any
-    kind: str
-    inputs: tuple[tuple[str, Format], ...] = ()  # (module or cache, format) whose values are simulated
+class Decoded(Lazy):
+    """The parameters of a model whose weights are decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +119,8 @@ class Model:
         return {name[n:]: self.params[name] for name in self.params if name.startswith(block.prefix)}
 
     def outside(self, part: Literal["embed", "head"]) -> dict[str, jax.Array]:
-        """The parameters that the family's `embed` or `head` reads, decoded and on the device."""
-        params = jax.device_put({n: self.params[n] for n in reads(self._family, self.hyper, part)})
-        return params | decode({n: leaf for n, leaf in params.items() if isinstance(leaf, QTensor)})
+        """The parameters that the family's `embed` or `head` reads, on the device."""
+        return jax.device_put({n: self.params[n] for n in reads(self._family, self.hyper, part)})
 
     def head_program(self) -> Program:
         """The static part of `head`."""
@@ -169,16 +162,26 @@ class Model:
     def apply(self, params: Mapping[str, Any], tokens: Any) -> jax.Array:
         """Logits, float32 `[batch, length, vocabulary]`, of `tokens`, int32 `[batch, length]`.
 
-        Encoded weights are decoded, and quantized inputs simulated, block by block.
+        Encoded weights run packed, with inputs rounded as their schemes say.
         """
         model = dataclasses.replace(self, params=params)
         x = embed(self._family, self.hyper, model.outside("embed"), tokens)
         for block in self.blocks:
-            x = run_block(model.program(block), decode(model.local(block)), x)
+            x = run_block(model.program(block), model.local(block), x)
         return head(self.head_program(), model.outside("head"), x)
 
     def __call__(self, tokens: Any) -> jax.Array:
         return self.apply(self.params, tokens)
+
+
+def dequantized(model: Model) -> Model:
+    """The model with decoded weights, each decoded when it is used; see `mojax.dequantize`."""
+
+    def read(name: str) -> Any:
+        leaf = model.params[name]
+        return decoded(leaf) if isinstance(leaf, QTensor) else leaf
+
+    return dataclasses.replace(model, params=Decoded({n: functools.partial(read, n) for n in model.params}))
 
 
 def wide(entry: Entry) -> bool:
@@ -188,63 +191,6 @@ def wide(entry: Entry) -> bool:
         and entry.dtype.itemsize >= 2
         and jnp.issubdtype(entry.dtype, jnp.floating)
     )
-
-
-@jit()
-def decode(params: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Every encoded leaf as an array of the checkpoint's dtype; the others as they are."""
-    return {name: _decode(leaf) if isinstance(leaf, QTensor) else leaf for name, leaf in params.items()}
-
-
-def _decode(q: QTensor) -> jax.Array:
-    if not q.batch:
-        return jnp.asarray(q.format.decode(q)).astype(q.dtype)
-    # one expert at a time: float32 of a whole stack would be twice the layer
-    stack = jax.lax.map(lambda i: _decode(q.row(i)), jnp.arange(q.shape[q.batch[0]]))
-    return jnp.moveaxis(stack, 0, q.batch[0])
-
-
-@jit(static_argnums=(0, 1))
-def embed(family: ModuleType, config: Any, params: Mapping[str, Any], tokens: Any) -> jax.Array:
-    """`[batch, length, hidden]` of int32 `[batch, length]`."""
-    return family.embed(config, params, tokens)
-
-
-@jit(static_argnums=(0,))
-def head(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
-    """float32 logits `[batch, length, vocabulary]` of `[batch, length, hidden]`."""
-    return _simulate(program, lambda p, x: program.family.head(program.config, p, x), params, x)
-
-
-@jit(static_argnums=(0,))
-def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
-    """One block on `x [batch, length, hidden]`; quantized inputs are simulated as a server rounds them."""
-
-    def block(params: Mapping[str, Any], x: Any) -> jax.Array:
-        return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))
-
-    return _simulate(program, block, params, x)
-
-
-def _simulate(program: Program, fn: Callable[..., jax.Array], params: Mapping[str, Any], x: Any) -> jax.Array:
-    inputs = dict(program.inputs)
-
-    def quantize(place: interpret.Place) -> tuple[Any, None]:
-        module = place.name.removesuffix(".weight")
-        if module not in inputs or place.op == "gather":
-            return None, None
-        amax, value, axes = params.get(module + INPUT), place.x, place.axes
-        outer = inputs[module].outer(amax, value.dtype) if amax is not None else None
-        if axes in ((), (value.ndim - 1,)):
-            return place.run(x=inputs[module].fake(value, outer)), None
-        end = range(value.ndim - len(axes), value.ndim)
-        last = inputs[module].fake(jnp.moveaxis(value, axes, end), outer)
-        return place.run(x=jnp.moveaxis(last, end, axes)), None
-
-    weights = {name: leaf for name, leaf in params.items() if not name.endswith(INPUT)}
-    if not inputs and not any(map(experts.starred, weights)):  # the interpreter's product of groups is faster
-        return fn(weights, x)
-    return interpret.intercept(fn, quantize)(weights, x)[0]
 
 
 @functools.lru_cache

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mojax.errors import InputError
-from mojax.formats.base import QTensor
+from mojax.formats.base import Format, QTensor
 from mojax.formats.leaf import axes, matrices, rows
 from mojax.kernels.conv import conv
 from mojax.kernels.grouped_matmul import grouped_matmul
@@ -28,6 +28,14 @@ from mojax.structure.graph import meeting
 from mojax.view import Atom, View
 
 KNOWN = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")  # primitives with kernels
+ROUNDS = ("dot", "ragged_dot")  # operations whose kernels round inputs
+
+
+class Inputs(NamedTuple):
+    """What the inputs of a product are rounded to; `outer` is the static scale, float32 `[]`, or None."""
+
+    inputs: Format
+    outer: Any = None
 
 
 def run(
@@ -40,6 +48,7 @@ def run(
     x: jax.Array,
     others: Sequence[Any],
     out: Any,
+    rounding: Inputs | None = None,
 ) -> jax.Array:
     """The operation of a place whose parameter is packed.
 
@@ -48,10 +57,13 @@ def run(
       params, out: of the equation, and what it gives (shape and dtype).
       dims, side: which axes meet, and which operand the parameter is.
       others: its operands after the first two.
+      rounding: what a dot or a ragged dot rounds `x` to.
     Raises:
       InputError: no kernel takes this.
     """
     q = leaf.base.value
+    if rounding is not None and (rule.kernel is not None or rule.op not in ROUNDS):
+        _refuse(leaf, q, f"meets {name}, whose kernel rounds no inputs")
     if rule.kernel is not None:
         _unmoved(leaf, q)
         y = rule.kernel(x, q, params)
@@ -76,9 +88,9 @@ def run(
     free = [d for d in range(x.ndim) if d not in (*partners, *paired)]
     lead = [x.shape[d] for d in (*paired, *free)]
     x = x.transpose(*paired, *free, *partners).reshape(*lead, math.prod(x.shape[d] for d in partners))
-    kernel = (
-        matmul(x, q, dtype=out.dtype) if rule.op == "dot" else grouped_matmul(x, q, *others, dtype=out.dtype)
-    )
+    how = {} if rounding is None else rounding._asdict()
+    run_kernel = matmul if rule.op == "dot" else grouped_matmul
+    kernel = run_kernel(x, q, *others, dtype=out.dtype, **how)
     in_root, n = sorted(order, key=_place), len(lead)
     y = kernel.reshape(*lead, *(a.size for a in in_root))
     y = y.transpose(*range(n), *(n + in_root.index(a) for a in order))

@@ -19,9 +19,10 @@ from mojax.checkpoint import Checkpoint, read_json
 from mojax.document import Calibration
 from mojax.errors import InputError, NotFiniteError
 from mojax.evaluation import Report
-from mojax.model import INPUT, Model, load
+from mojax.model import Model, load
 from mojax.models.layers import Block
 from mojax.planner import Plan, plan
+from mojax.program import INPUT
 from mojax.recipe import Recipe, load_recipe, resolved
 from mojax.transforms.rtn import static_maximum
 from mojax.writer import RECORD, Unit, Writer, refuse, unit_params

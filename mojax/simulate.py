@@ -13,6 +13,7 @@ from jax import lax
 from mojax.formats.base import Format, encode_leaf
 from mojax.interpret import Place
 from mojax.kernels.base import decoded
+from mojax.packed import ROUNDS, Inputs
 
 
 @jax.custom_jvp
@@ -58,6 +59,18 @@ def round_input(format: Format, place: Place, amax: Any = None) -> jax.Array:
     rows = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
     rows = format.fake(rows) if amax is None or not format.static else _under(format, rows, amax, place)
     return straight(place.x, rows.reshape(moved.shape).transpose(np.argsort(order)))
+
+
+def rounded(format: Format, place: Place, amax: Any = None) -> jax.Array:
+    """The result of a place with its input rounded: a product of codes where the parameter is packed.
+
+    Args:
+      amax: as for `round_input`.
+    """
+    if not place.packed or place.op not in ROUNDS or (amax is not None and np.ndim(amax)):
+        return place.run(x=round_input(format, place, amax))
+    outer = None if amax is None or not format.static else format.outer(amax, place.x.dtype)
+    return place.run(rounding=Inputs(format, outer))
 
 
 def _under(format: Format, rows: jax.Array, amax: Any, place: Place) -> jax.Array:

@@ -92,7 +92,7 @@ def tokens(
     if path.suffix == ".npz":
         ids, preview = _read_npz(path, sequences, length), ""
     else:
-        encode, render = load_tokenizer(folder), load_template(folder)
+        encode, render = load_tokenizer(folder).encode, load_template(folder)
         rows = read_rows(path, turns=purpose == "calibration" and render is not None)
         texts = _texts(rows, render, purpose)
         chosen = purpose == "calibration" or seed != 0

@@ -6,7 +6,7 @@ import datetime
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mojax.errors import InputError
 
@@ -14,32 +14,41 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 Render = Callable[[list[dict[str, Any]]], str]
 
 _PLAIN = ("fp8_dynamic", "fp8_block", "int8", "int4", "mxfp4", "mxfp8", "nvfp4_weight_only")
+NO_TEXT = (
+    "give tokens as an npz file (--calibration=FILE.npz, --text=FILE.npz), or use a recipe that needs no "
+    f"text ({', '.join(_PLAIN)}) with --noevaluate"
+)
 _OTHERS = ("*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "tokenizer_config.json")
 
 
-def load_tokenizer(folder: Path) -> Encode:
-    """A function from texts to token ids, without special tokens added.
+class Tokenizer(NamedTuple):
+    """The functions of a tokenizer.
 
+    Attributes:
+      encode: texts to token ids, without special tokens.
+      prompt: a text to token ids, with the special tokens that the tokenizer adds to one.
+      decode: token ids to text, without special tokens.
+    """
+
+    encode: Encode
+    prompt: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+
+
+def load_tokenizer(folder: Path, advice: str = NO_TEXT) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Args:
+      advice: what to do without one, for the error.
     Raises:
       InputError: no tokenizer in the folder, or one that needs another package.
     """
     file = folder / "tokenizer.json"
     if file.exists():
-        from tokenizers import Tokenizer
-
-        try:
-            fast = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{file} cannot be read: {error}") from error
-        fast.no_truncation()
-        fast.no_padding()
-        return lambda texts: [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return _fast(file)
     others = sorted(f.name for pattern in _OTHERS for f in folder.glob(pattern))
     if not others:
-        raise InputError(
-            f"{folder}: no tokenizer; give tokens as an npz file (--calibration=FILE.npz, --text=FILE.npz), "
-            f"or use a recipe that needs no text ({', '.join(_PLAIN)}) with --noevaluate"
-        )
+        raise InputError(f"{folder}: no tokenizer; {advice}")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -50,7 +59,27 @@ def load_tokenizer(folder: Path) -> Encode:
         slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever a tokenizer class raises on files that do not suit it
         raise InputError(f"{folder}: transformers cannot load the tokenizer {others[0]}: {error}") from error
-    return lambda texts: slow(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return Tokenizer(
+        lambda texts: slow(list(texts), add_special_tokens=False, verbose=False)["input_ids"],
+        lambda text: slow(text, verbose=False)["input_ids"],
+        lambda ids: slow.decode(list(ids), skip_special_tokens=True),
+    )
+
+
+def _fast(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        fast = Fast.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{file} cannot be read: {error}") from error
+    fast.no_truncation()
+    fast.no_padding()
+    return Tokenizer(
+        lambda texts: [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)],
+        lambda text: fast.encode(text).ids,
+        lambda ids: fast.decode(list(ids), skip_special_tokens=True),
+    )
 
 
 def load_template(folder: Path) -> Render | None:

@@ -16,8 +16,9 @@ import numpy as np
 from mojax import checkpoint, experts
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.model import INPUT, Model
+from mojax.model import Model
 from mojax.planner import OUTPUTS, Plan, Row
+from mojax.program import INPUT
 
 RECORD = "mojax.json"  # the facts; older than anything else in OUT.partial, so its time is when the run began
 COUNTS = "tokens_per_expert"  # in the record, by layer

@@ -12,9 +12,10 @@ from e2e_test import native
 from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 import mojax
-from mojax import calibration, checkpoint, cli, experts, inspection, model, pipeline, plan_table, verify
+from mojax import calibration, checkpoint, cli, experts, inspection, pipeline, plan_table, program, verify
 from mojax.calibration import Stats
 from mojax.formats.base import QTensor
+from mojax.kernels.base import decoded
 from mojax.recipe import adjusted, load_recipe
 
 SMALL: dict[str, Any] = {"sequences": 4, "length": 32}
@@ -379,20 +380,17 @@ def test_apply_and_export_are_optimize(sources, tmp_path):
     assert mojax.evaluate(source, source, seen.ids).kl_mean == 0
 
 
-def test_decode_and_run_block_take_stacks(sources, tmp_path):
+def test_run_block_takes_packed_stacks(sources, tmp_path):
     mojax.optimize(sources["mixtral"], small("int4"), tmp_path / "out", evaluate=False)
     made = mojax.load(tmp_path / "out")
     local = made.local(made.blocks[1])
-    q = local["block_sparse_moe.experts.*.w1.weight"]
-    decoded = model.decode(local)
-    stack = decoded["block_sparse_moe.experts.*.w1.weight"]
-    assert stack.shape == (COUNT, WIDTH, HIDDEN) and stack.dtype == jnp.bfloat16
-    for i in range(COUNT):
-        alone = np.asarray(q.format.decode(q.row(i))).astype(stack.dtype)
-        assert np.asarray(stack[i]).tobytes() == alone.tobytes()
+    plain = {n: decoded(leaf) if isinstance(leaf, QTensor) else leaf for n, leaf in local.items()}
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, HIDDEN)), jnp.bfloat16)
-    y = model.run_block(made.program(made.blocks[1]), decoded, x)
-    assert y.shape == x.shape and bool(jnp.isfinite(y).all())
+    y, expected = (
+        np.asarray(program.run_block(made.program(made.blocks[1]), p, x), np.float32) for p in (local, plain)
+    )
+    assert y.shape == x.shape and np.isfinite(y).all()
+    np.testing.assert_allclose(y, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "fp8"])
@@ -516,9 +514,9 @@ def test_experts_in_native_fp8_are_read_and_converted(sources, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     made = mojax.load(source)
     name = f"{LAYER['qwen3']}.*.up_proj.weight"
-    decoded = np.asarray(model.decode({name: made.params[name]})[name], np.float32)
+    found = np.asarray(decoded(made.params[name]), np.float32)
     exact = np.asarray(mojax.load(sources["qwen3"]).params[name], np.float32)
-    assert np.abs(decoded - exact).max() <= 0.07 * np.abs(exact).max()
+    assert np.abs(found - exact).max() <= 0.07 * np.abs(exact).max()
     assert cli.run(["convert", f"--model={source}", f"--out={tmp_path / 'out'}"]) == 0
     again = mojax.load(tmp_path / "out")
     assert again.schemes.keys() == made.schemes.keys()

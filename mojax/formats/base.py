@@ -25,7 +25,7 @@ from mojax.formats import leaf
 from mojax.formats.leaf import encode_leaf as encode_leaf
 from mojax.formats.leaf import outer_leaf as outer_leaf
 from mojax.formats.leaf import stack_rows as stack_rows
-from mojax.formats.numerics import pack, unpack
+from mojax.formats.numerics import narrow, pack, unpack
 
 Arithmetic = Literal["checkpoint", "float32"]
 Array = jax.Array | np.ndarray
@@ -48,6 +48,7 @@ class QTensor:
       contract: axes of `shape` that are summed over, flattened in ascending order to `in`; `()` for a weight
         `[out, in]` and for a tensor whose blocks run along the last axis and keep its shape; static.
       batch: axes of `shape` along which every entry is a matrix of its own (experts, layers); static.
+      order: "" as files keep the codes, else the name of the order that a kernel wants them in; static.
     Raises:
       InputError: `contract` or `batch` name an axis that does not exist, or one twice.
     """
@@ -59,6 +60,7 @@ class QTensor:
     dtype: np.dtype
     contract: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
+    order: str = ""
 
     def __post_init__(self) -> None:
         """One way to say each thing, so that equal QTensors have equal tree structures."""
@@ -89,7 +91,9 @@ class QTensor:
 
 
 jax.tree_util.register_dataclass(
-    QTensor, data_fields=["codes", "scales"], meta_fields=["format", "shape", "dtype", "contract", "batch"]
+    QTensor,
+    data_fields=["codes", "scales"],
+    meta_fields=["format", "shape", "dtype", "contract", "batch", "order"],
 )
 
 
@@ -165,6 +169,20 @@ class Format:
         """float32 of unpacked `codes` under `scales`, exactly what a server computes."""
         raise TypeError(f"{self.name} cannot decode")
 
+    def factored(
+        self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """`value` as `(w, after)`: what a product multiplies with, and what multiplies its sums afterwards.
+
+        Args:
+          codes: unpacked, `[..., out, in]`; or the codes of one nibble, `[..., out, in / 2]`.
+          dtype: of the tensor before encoding; what a value that no smaller number equals is rounded to.
+        Returns:
+          `w`, bfloat16 or int8 where `value = w * after` exactly but for the last rounding, else of `dtype`;
+          `after`, float32 `[]` or `[..., out, 1]`, None for 1.
+        """
+        return narrow(self.value(codes, scales), dtype).astype(dtype), None
+
     def encode(self, w: Array, outer: Array | None = None) -> QTensor:
         """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own.
 
@@ -177,7 +195,15 @@ class Format:
         return _encode_as(self, w, scales)
 
     def decode(self, q: QTensor) -> Array:
-        """float32 of the leaf's shape, exactly what a server computes from the codes and scales."""
+        """float32 of the leaf's shape, exactly what a server computes from the codes and scales.
+
+        Raises:
+          InputError: the codes are in the order of a kernel.
+        """
+        if q.order:
+            raise InputError(
+                f"{q!r}: its codes are in the order {q.order!r} of a kernel; keep the one it came from"
+            )
         return _decode(q)
 
     def fake(self, x: Array, outer: Array | None = None) -> Array:

@@ -9,7 +9,7 @@ is ModelOpt's rule: float32, except that a quotient by the scale of a whole tens
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,14 @@ class FP8(Format):
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         return codes.astype(jnp.float32) * self._spread(scales, codes.shape)
+
+    def factored(
+        self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if self.per == "block":
+            return super().factored(codes, scales, dtype)
+        (scale,) = scales.values()
+        return codes.astype(jnp.bfloat16), scale.astype(jnp.float32)
 
     def fake(self, x: Array, outer: Array | None = None) -> Array:
         if self.per != "block":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mojax.errors import InputError
 from mojax.formats.base import Array, Format
-from mojax.formats.numerics import amax, blocks, divide, indivisible, linear_scale, narrow, rne
+from mojax.formats.numerics import amax, blocks, blocks_under, divide, indivisible, linear_scale, narrow, rne
 
 _LEVELS = {"checkpoint": 7.5, "float32": 7.0}
 
@@ -67,7 +67,7 @@ class INT4(Format):
         return (code & 15).astype(jnp.uint8).reshape(w.shape)
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
-        q = (blocks(codes, self.group) ^ 8).astype(jnp.float32) - 8
+        q = (blocks_under(codes, scales["inner"]) ^ 8).astype(jnp.float32) - 8
         if not self.symmetric:
             q = q - _column(scales["zero"])
         return (q * _column(scales["inner"])).reshape(codes.shape)

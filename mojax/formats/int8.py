@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,11 @@ class INT8(Format):
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         return codes.astype(jnp.float32) * _only(scales)
+
+    def factored(
+        self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        return codes, _only(scales)
 
     def _scale(self, top: jax.Array, dtype: np.dtype) -> jax.Array:
         return linear_scale(top, _LEVELS[self.arithmetic], self.working(dtype), self.empty(dtype))

@@ -11,13 +11,23 @@ OCP Microscaling Formats 1.0, section 6; the rules are compressed-tensors' ("che
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mojax.formats.base import Array, Format
 from mojax.formats.mxfp8 import fit_exponents
-from mojax.formats.numerics import EVEN, blocks, e2m1, e2m1_value, indivisible, inverse_power, power
+from mojax.formats.numerics import (
+    EVEN,
+    blocks,
+    blocks_under,
+    e2m1,
+    e2m1_value,
+    indivisible,
+    inverse_power,
+    power,
+)
 
 _BLOCK = 32
 _TIES_UP = {"checkpoint": EVEN, "float32": ()}
@@ -43,7 +53,13 @@ class MXFP4(Format):
         return e2m1(y, _NEGATIVE[self.arithmetic](y), _TIES_UP[self.arithmetic]).reshape(w.shape)
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
-        return (e2m1_value(blocks(codes, _BLOCK)) * power(scales["inner"])[..., None]).reshape(codes.shape)
+        scale = power(scales["inner"])
+        return (e2m1_value(blocks_under(codes, scale)) * scale[..., None]).reshape(codes.shape)
+
+    def factored(
+        self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        return self.value(codes, scales).astype(jnp.bfloat16), None
 
 
 FORMAT = MXFP4

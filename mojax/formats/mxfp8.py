@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,11 @@ class MXFP8(Format):
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         x = blocks(codes, _BLOCK).astype(jnp.float32)
         return (x * power(scales["inner"])[..., None]).reshape(codes.shape)
+
+    def factored(
+        self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        return self.value(codes, scales).astype(jnp.bfloat16), None
 
 
 FORMAT = MXFP8

@@ -95,6 +95,11 @@ def blocks(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, size)
 
 
+def blocks_under(codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """`[..., n]` to `[..., n / size, size]`, with as many blocks as the last axis of `scale` is long."""
+    return codes.reshape(*codes.shape[:-1], scale.shape[-1], -1)
+
+
 def amax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, keepdims: bool = False) -> jax.Array:
     """The largest magnitude, float32."""
     return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=keepdims)

@@ -12,14 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mojax.formats.base import Array, Format
-from mojax.formats.numerics import amax, blocks, divide, e2m1, e2m1_value, e4m3, indivisible, narrow
+from mojax.formats.numerics import (
+    amax,
+    blocks,
+    blocks_under,
+    divide,
+    e2m1,
+    e2m1_value,
+    e4m3,
+    indivisible,
+    narrow,
+)
 
 _BLOCK = 16
 _RANGE = 6 * 448.0  # of an element times that of a block scale
@@ -97,6 +107,15 @@ class NVFP4(Format):
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         return (e2m1_value(blocks(codes, _BLOCK)) * self._step(scales)).reshape(codes.shape)
+
+    def factored(
+        self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        inner = scales["inner"].astype(jnp.float32)
+        w = e2m1_value(blocks_under(codes, inner)) * inner[..., None]
+        outer = jnp.asarray(scales["outer"], jnp.float32).reshape(())
+        after = _RULES[self.arithmetic].step(jnp.ones_like(outer), outer)
+        return w.reshape(codes.shape).astype(jnp.bfloat16), after  # 2 by 4 bits of mantissa: exact
 
     def _step(self, scales: dict[str, jax.Array]) -> jax.Array:
         inner = scales["inner"].astype(jnp.float32)

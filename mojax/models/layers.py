@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -102,16 +102,16 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
 
 
 def angles(rope: Rope, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for `positions` int32 `[length]`, each `[length, 1, head_dim / 2]` in `dtype`."""
-    frequencies = jnp.asarray(np.array(rope.frequencies, np.float32)[None, None, :])
-    angle = positions.astype(jnp.float32)[:, None, None] * frequencies
+    """cos and sin for `positions` int32 `[..., length]`, each `[..., length, 1, head_dim / 2]` in `dtype`."""
+    frequencies = jnp.array(rope.frequencies, jnp.float32, ndmin=positions.ndim + 2)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequencies
     return (jnp.cos(angle) * rope.scale).astype(dtype), (jnp.sin(angle) * rope.scale).astype(dtype)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding of `x [batch, length, heads, head_dim]`: dimension i pairs with i + head_dim / 2."""
     a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[None], sin[None]
+    cos, sin = (t.reshape(-1, *t.shape[-3:]) for t in (cos, sin))
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
@@ -140,6 +140,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, windo
     return y.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads * size)
 
 
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+
+
 def attention(
     p: Params,
     x: jax.Array,
@@ -151,6 +154,7 @@ def attention(
     bias: bool = False,
     output_bias: bool = False,
     norm_eps: float | None = None,
+    attend: Attend = attend,
 ) -> jax.Array:
     """Self-attention of a block on its normalised input `x [batch, length, hidden]`.
 
@@ -159,9 +163,10 @@ def attention(
 
     Args:
       p: the block's tensors, `self_attn.{q,k,v,o}_proj.weight` and biases.
-      positions: int32 `[length]`, the same for every sequence of the batch.
+      positions: int32 `[length]`, the same for every sequence of the batch, or `[batch, length]`.
       bias: q, k and v have biases; `output_bias`: o has one.
       norm_eps: if given, each head of q and k goes through RMSNorm (`q_norm`, `k_norm`) before rotation.
+      attend: what `attend` of this file does; one that keeps keys and values takes its place.
     """
     q, k, v = (
         linear(p, f"self_attn.{name}_proj", x, bias).reshape(*x.shape[:2], -1, head_dim) for name in "qkv"

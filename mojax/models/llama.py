@@ -177,13 +177,21 @@ def embed(c: Config, p: Params, tokens: jax.Array) -> jax.Array:
     return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def block(c: Config, kind: str, p: Params, x: jax.Array, positions: jax.Array) -> jax.Array:
+def block(
+    c: Config,
+    kind: str,
+    p: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    attend: layers.Attend = layers.attend,
+) -> jax.Array:
     """One decoder layer, `[batch, length, hidden]` to the same.
 
     Args:
       kind: from `blocks`.
       p: the layer's tensors, named without the layer's prefix.
-      positions: int32 `[length]`, the same for every sequence of the batch.
+      positions: int32 `[length]`, the same for every sequence of the batch, or `[batch, length]`.
+      attend: as in `layers.attention`.
     """
     y = layers.rms_norm(x, p["input_layernorm.weight"], c.rms_norm_eps)
     x = x + layers.attention(
@@ -196,6 +204,7 @@ def block(c: Config, kind: str, p: Params, x: jax.Array, positions: jax.Array) -
         bias=c.qkv_bias,
         output_bias=c.output_bias,
         norm_eps=c.rms_norm_eps if c.qk_norm else None,
+        attend=attend,
     )
     y = layers.rms_norm(x, p["post_attention_layernorm.weight"], c.rms_norm_eps)
     if e := _experts(c, kind):

@@ -17,7 +17,7 @@ import mojax
 from mojax import recipe, text
 from mojax.checkpoint import open_checkpoint
 from mojax.converters.compressed_tensors.schemes import LOADS
-from mojax.model import decode
+from mojax.kernels.base import decoded
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -64,8 +64,12 @@ def ask(folder, tokens, **options):
 
 
 def ours(folder, tokens):
-    """float32 logits `[tokens, vocabulary]` of mojax, rounded to the dtype of the client's."""
-    model = mojax.load(folder)
+    """float32 logits `[tokens, vocabulary]` of mojax, rounded to the dtype of the client's.
+
+    The client multiplies decoded weights and inputs, so the weights are decoded here too; a rounding
+    elsewhere flips codes of the inputs of later layers (`test_packed_and_decoded_are_as_far`).
+    """
+    model = mojax.dequantize(mojax.load(folder))
     logits = jnp.asarray(model(tokens)).astype(model.dtype).astype(jnp.float32)
     return np.asarray(logits).reshape(tokens.size, -1)
 
@@ -81,7 +85,7 @@ def different(folder, answer):
     """The encoded modules whose decoded weights are not, bit by bit, those of the client."""
     model = mojax.load(folder)
     assert model.schemes
-    weights = decode({m: model.params[m + ".weight"] for m in model.schemes})
+    weights = {m: decoded(model.params[m + ".weight"]) for m in model.schemes}
     return [m for m, w in weights.items() if not same_bits(np.asarray(w, np.float32), answer.weights[m])]
 
 
@@ -143,6 +147,14 @@ def agree(folder, tokens, source, answer):
     own = kl(source, logits)
     assert own > 1e-4, "nothing was quantized"
     assert kl(logits, answer.logits) <= limit(folder, own)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8", "int8"])
+def test_packed_and_decoded_are_as_far(name, quantize, tokens, source):
+    """The two arithmetics differ by flipped codes, which is no bias: both are as far from the source."""
+    decoded = kl(source, ours(quantize(name), tokens))
+    packed = np.asarray(mojax.load(quantize(name))(tokens), np.float32).reshape(tokens.size, -1)
+    assert kl(source, packed) == pytest.approx(decoded, rel=0.1)
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -21,10 +21,22 @@ from mojax.kernels.matmul import matmul
 from mojax.kernels.take import take
 
 FORMAT = make("nvfp4")
+KERNELS = tuple("attention conv dequantize grouped_matmul hadamard matmul quantize scaled take".split())
 
 
 def value(q):
-    """What a kernel multiplies with, in float64: the decoded weight, rounded to the weight's dtype."""
+    """What a kernel multiplies with, in float64: the decoded weight, rounded only where a server rounds it.
+
+    Integers of groups and FP8 of blocks are rounded to the weight's dtype; of the other formats codes and
+    inner scales are multiplied exactly, and what is left of the scales meets the sum.
+    """
+    w = np.asarray(q.format.decode(q))
+    rounds = q.format.name == "int4" or getattr(q.format, "per", "") == "block"
+    return (w.astype(q.dtype) if rounds else w).astype(np.float64)
+
+
+def decoded(q):
+    """The decoded weight, rounded to the weight's dtype, in float64."""
     return np.asarray(q.format.decode(q)).astype(q.dtype).astype(np.float64)
 
 
@@ -39,7 +51,7 @@ def close(y, expected, dtype=np.float32):
 
 
 def test_these_are_all_kernels():
-    assert names("kernels") == ("conv", "grouped_matmul", "matmul", "take")
+    assert names("kernels") == KERNELS
 
 
 @each_format
@@ -129,7 +141,7 @@ def test_conv_is_that_of_the_decoded_kernel(dtype):
     }
     y = jit()(lambda x, q: conv(x, q, **how, dtype=np.float32))(x, q)
     expected = lax.conv_general_dilated(
-        x.astype(np.float32), value(q).astype(np.float32), **how, precision="highest"
+        x.astype(np.float32), decoded(q).astype(np.float32), **how, precision="highest"
     )
     close(y, np.asarray(expected).astype(np.float64))
     same = conv(x, q, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -20,7 +20,7 @@ from mojax import recipe
 from mojax.checkpoint import open_checkpoint
 from mojax.converters.compressed_tensors.schemes import check
 from mojax.experts import starred
-from mojax.model import decode
+from mojax.kernels.base import decoded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,7 +74,7 @@ def same_bits(a, b):
 def weights(folder):
     """Decoded weights by module, float32."""
     model = mojax.load(folder)
-    found = decode({m: model.params[m + ".weight"] for m in model.schemes})
+    found = {m: decoded(model.params[m + ".weight"]) for m in model.schemes}
     return {m: np.asarray(w, np.float32) for m, w in found.items()}
 
 
@@ -151,7 +151,7 @@ def test_transformers_computes_what_mojax_computes(name, family, quantize, sourc
     )
     answer, found = Answer(folder, tokens), weights(folder)
     assert [m for m, w in found.items() if not same_bits(w, answer.weight(m))] == []
-    model = mojax.load(folder)
+    model = mojax.dequantize(mojax.load(folder))
     quiet = {m: s._replace(inputs=None) if starred(m) else s for m, s in model.schemes.items()}
     ours = logits(dataclasses.replace(model, schemes=quiet), tokens)
     own = float(np.median(kl(logits(mojax.load(source(family)), tokens), ours)))
