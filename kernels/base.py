@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mojax.errors import InputError, nearest
-from mojax.formats.base import QTensor
+from mojax.formats.base import Format, QTensor
 from mojax.formats.leaf import matrices
 from mojax.formats.numerics import narrow
 
@@ -43,6 +43,25 @@ def same_dtype(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both operands in the dtype they have in common, else in float32."""
     dtype = x.dtype if x.dtype == w.dtype else jnp.float32
     return x.astype(dtype), w.astype(dtype)
+
+
+def prepared(q: QTensor, inputs: Format | None = None) -> QTensor:
+    """The weight in the order that this device's kernel reads fastest; made once, when a model is loaded.
+
+    Args:
+      inputs: the format that inputs will be rounded to, None for none.
+    """
+    file = {9: None if inputs else "weight_only", 10: "scaled_operands" if inputs else None}
+    name = file.get(compute_capability() or 0)
+    return q if name is None else importlib.import_module(f"mojax.kernels.gpu.{name}").repack(q)
+
+
+def in_file_order(q: QTensor) -> QTensor:
+    """The weight as files keep it: the inverse of `prepared`."""
+    if not q.order:
+        return q
+    name = {"weight_only": "weight_only", "tcgen05": "scaled_operands"}[q.order]
+    return importlib.import_module(f"mojax.kernels.gpu.{name}").restore(q)
 
 
 class Implementation(NamedTuple):

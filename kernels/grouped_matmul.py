@@ -1,7 +1,8 @@
 """Rows in groups, each group times a weight of its own, encoded or not: the experts of a mixture.
 
-On a CPU the rows are taken in tiles, each of one group, and only groups that have rows are read or decoded;
-`lax.ragged_dot` there multiplies every row with every weight. Elsewhere it is `lax.ragged_dot`.
+hopper grouped  codes become bfloat16 in registers, wgmma: kernels/gpu/grouped.py
+cpu tiles       tiles of rows, each of one group; only groups that have rows are read or decoded
+xla             `lax.ragged_dot`, which on a CPU multiplies every row with every weight; decodes all groups
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from jax import lax
 
 from mojax.errors import InputError
 from mojax.formats.base import Array, Format, QTensor
-from mojax.kernels.base import decoded, same_dtype, weight_of
+from mojax.kernels.base import (
+    Implementation,
+    decoded,
+    dispatch,
+    in_file_order,
+    pallas,
+    same_dtype,
+    weight_of,
+)
 from mojax.kernels.product import Factors, factors, multiply, rounded
 
 TILE = 64  # rows at least; smaller wastes the multiplier, larger wastes rows of small groups
@@ -30,6 +39,7 @@ def grouped_matmul(
     dtype: Any,
     inputs: Format | None = None,
     outer: Array | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`x [rows, in]` times `w [groups, out, in]`, summed in float32, as `dtype [rows, out]`.
 
@@ -39,9 +49,10 @@ def grouped_matmul(
       sizes: int32 `[groups]`. The first `sizes[0]` rows meet matrix 0, the next `sizes[1]` matrix 1, and so
         on; rows beyond their sum give zeros.
       inputs, outer: a format that `x` is rounded to first, and its static scale, as in `matmul`.
+      implementation: the name of one (above); None is the first that takes the arguments on this device.
     Raises:
-      InputError: `x` is not `[rows, in]`, the weight has not one batch axis, `in` differs, or `sizes` is not
-        one integer per group.
+      InputError: `x` is not `[rows, in]`, the weight has not one batch axis, `in` differs, `sizes` is not
+        one integer per group, or no implementation takes these; the message has the reason of each.
     """
     x, sizes = jnp.asarray(x), jnp.asarray(sizes)
     if x.ndim != 2:
@@ -57,28 +68,29 @@ def grouped_matmul(
         )
     sizes = sizes.astype(jnp.int32)
     if inputs is None:
-        return _grouped(x, w, sizes, np.dtype(dtype))
+        return _grouped(x, w, sizes, np.dtype(dtype), implementation)
     x, after = rounded(x, inputs, outer)
-    y = jnp.asarray(_grouped(x, w, sizes, np.dtype(np.float32)))
+    y = jnp.asarray(_grouped(x, w, sizes, np.dtype(np.float32), implementation))
     return (y if after is None else y * after).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array:
-    run = partial(_tiles, dtype=dtype) if jax.default_backend() == "cpu" else partial(_ragged, dtype=dtype)
-    return run(x, w, sizes)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype, only: str | None) -> jax.Array:
+    return dispatch("grouped_matmul", IMPLEMENTATIONS, x, w, sizes, dtype=dtype, only=only)
 
 
-def _forward(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> tuple[jax.Array, Any]:
-    return _grouped(x, w, sizes, dtype), (x, w, sizes)
+def _forward(
+    x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype, only: str | None
+) -> tuple[jax.Array, Any]:
+    return _grouped(x, w, sizes, dtype, only), (x, w, sizes)
 
 
-def _backward(dtype: np.dtype, kept: Any, dy: jax.Array) -> tuple[Any, Any, None]:
+def _backward(dtype: np.dtype, only: str | None, kept: Any, dy: jax.Array) -> tuple[Any, Any, None]:
     x, w, sizes = kept
     if isinstance(w, QTensor):  # codes have no gradient
-        dx = jax.vjp(lambda x: _ragged(x, w, sizes, dtype), x)[1](dy)[0]
+        dx = jax.vjp(lambda x: _ragged(x, w, sizes, dtype=dtype), x)[1](dy)[0]
         return dx, jax.tree.map(_no_gradient, w), None
-    return *jax.vjp(lambda x, w: _ragged(x, w, sizes, dtype), x, w)[1](dy), None
+    return *jax.vjp(lambda x, w: _ragged(x, w, sizes, dtype=dtype), x, w)[1](dy), None
 
 
 def _no_gradient(a: Any) -> Any:
@@ -89,14 +101,14 @@ def _no_gradient(a: Any) -> Any:
 _grouped.defvjp(_forward, _backward)
 
 
-def _ragged(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array:
-    x, w = same_dtype(x, decoded(w) if isinstance(w, QTensor) else w)
+def _ragged(x: jax.Array, w: Any, sizes: jax.Array, *, dtype: np.dtype) -> jax.Array:
+    x, w = same_dtype(x, decoded(in_file_order(w)) if isinstance(w, QTensor) else w)
     numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
     y = lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=jnp.dtype(jnp.float32))
     return y.astype(dtype)
 
 
-def _tiles(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array:
+def _tiles(x: jax.Array, w: Any, sizes: jax.Array, *, dtype: np.dtype) -> jax.Array:
     """Tile after tile; rows of a tile that are the next group's are written again by that group's own."""
     tile = max(1, min(max(TILE, x.shape[0] // (8 * w.shape[0])), x.shape[0]))
     ends = jnp.cumsum(sizes)
@@ -126,3 +138,23 @@ def _tiles(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype) -> jax.Array
 
     out = jnp.zeros((x.shape[0] + tile, w.shape[1]), dtype)
     return lax.scan(group, out, lax.iota(jnp.int32, w.shape[0]))[0][: x.shape[0]]
+
+
+def _not_here(*_: Any, **__: Any) -> str | None:
+    return None if jax.default_backend() == "cpu" else "is for a CPU"
+
+
+def _hopper() -> Implementation:
+    made = pallas("hopper grouped", (9,), "grouped", "grouped")
+
+    def why_not(x: Any, w: Any, sizes: Any, **rest: Any) -> str | None:
+        return made.why_not(x, w, sizes, **rest) if isinstance(w, QTensor) else "the weight is not packed"
+
+    return made._replace(why_not=why_not)
+
+
+IMPLEMENTATIONS = (
+    _hopper(),
+    Implementation("cpu tiles", (), _not_here, _tiles),
+    Implementation("xla", (), lambda *_, **__: None, _ragged),
+)

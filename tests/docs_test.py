@@ -125,16 +125,20 @@ def test_every_family_is_named():
 
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _ = blocks(README, "python")
+    code, running, _ = blocks(README, "python")
     made = {}
     exec(code.replace("sequences=64, length=256", "sequences=2, length=32"), made)
     assert 0 < made["report"].kl_mean < 1
     assert (tmp_path / "tiny-nvfp4" / "config.json").is_file()
     assert verify.verify(tmp_path / "tiny-nvfp4", "tiny").tensors
+    exec(running, made)
+    assert [len(t.tokens) for t in made["made"].texts] == [16, 16]
+    (shell,) = blocks(section("Running what was packed"), "bash")
+    assert cli.run(shlex.split(shell)[1:]) == 0
 
 
 def test_any_function_is_covered_as_pasted(tmp_path, capsys):
-    _, code = blocks(README, "python")
+    *_, code = blocks(README, "python")
     (tmp_path / "mlp.py").write_text(code)
     made = {}
     with jax.numpy_rank_promotion("allow"):  # as users have it
