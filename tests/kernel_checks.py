@@ -62,7 +62,7 @@ def lowered(fn, *args, arch=HOPPER):
 
 
 def assembled(fn, *args, arch=HOPPER):
-    """What NVIDIA's assembler says of the kernels in the program of `fn(*args)` that are new to this process."""
+    """What NVIDIA's assembler says of the kernels in `fn(*args)` that are new to this process."""
     config = TARGET.format(*arch)
     (device,) = topologies.get_topology_desc("none", "cuda", target_config=config, topology="1x1x1").devices
     on = jax.sharding.SingleDeviceSharding(device)

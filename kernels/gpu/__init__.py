@@ -1,0 +1,1 @@
+"""Pallas kernels for NVIDIA GPUs (Mosaic GPU), one file per kernel. This package imports nothing."""
