@@ -36,7 +36,7 @@ def attend(
       positions: int32 `[batch, length]`, of the queries.
       key_positions: int32 `[batch, slots]`, the position that a slot holds; negative: padding.
       window: a query sees only this many positions, its own included; None is all.
-      implementation: "reference" or "hopper"; None is the first that takes the arguments.
+      implementation: "xla" or "hopper"; None is the first that takes the arguments.
     Returns:
       `[batch, length, heads * head_dim]` in the dtype of q.
     Raises:
@@ -55,13 +55,13 @@ def _check(
 ) -> None:
     if q.ndim != 4 or len(k.shape) != 4 or tuple(k.shape) != tuple(v.shape):
         raise InputError(
-            f"attend: q {q.shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; needed: q [batch, length, heads, "
-            "head_dim], k and v [batch, slots, kv_heads, head_dim]"
+            f"attend: q {q.shape}, k {tuple(k.shape)} and v {tuple(v.shape)}; needed: q [batch, length, "
+            "heads, head_dim], k and v [batch, slots, kv_heads, head_dim]"
         )
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise InputError(
-            f"attend: q {q.shape} and k {tuple(k.shape)} need the same batch and head_dim, and heads that are "
-            "a multiple of kv_heads"
+            f"attend: q {q.shape} and k {tuple(k.shape)} need the same batch and head_dim, and heads that "
+            "are a multiple of kv_heads"
         )
     for name, found, needed in (
         ("positions", positions, q.shape[:2]),
@@ -109,5 +109,5 @@ def _values(a: jax.Array | QTensor, dtype: Any) -> jax.Array:
 
 IMPLEMENTATIONS = (
     Implementation("hopper", (9,), gpu.why_not, gpu.attend),
-    Implementation("reference", (), lambda *_, **__: None, _reference),
+    Implementation("xla", (), lambda *_, **__: None, _reference),
 )
