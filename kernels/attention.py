@@ -11,8 +11,7 @@ from jax import lax
 from mojax.errors import InputError
 from mojax.formats.base import Array, QTensor
 from mojax.formats.numerics import narrow
-from mojax.kernels.base import Implementation, dispatch
-from mojax.kernels.gpu import attention as gpu
+from mojax.kernels.base import Implementation, dispatch, pallas
 
 
 def attend(
@@ -108,6 +107,6 @@ def _values(a: jax.Array | QTensor, dtype: Any) -> jax.Array:
 
 
 IMPLEMENTATIONS = (
-    Implementation("hopper", (9,), gpu.why_not, gpu.attend),
+    pallas("hopper", (9,), "attention", "attend"),
     Implementation("xla", (), lambda *_, **__: None, _reference),
 )

@@ -10,8 +10,7 @@ from jax import lax
 
 from mojax.errors import InputError
 from mojax.formats.base import Array
-from mojax.kernels.base import Implementation, dispatch
-from mojax.kernels.gpu import hadamard as gpu
+from mojax.kernels.base import Implementation, dispatch, pallas
 from mojax.kernels.hadamard_matrices import along, factors
 
 
@@ -76,6 +75,6 @@ def _reference(x: jax.Array, *, block: int, signs: jax.Array | None = None) -> j
 
 
 IMPLEMENTATIONS = (
-    Implementation("hopper", (9,), gpu.why_not, gpu.hadamard),
+    pallas("hopper", (9,), "hadamard", "hadamard"),
     Implementation("xla", (), lambda *_, **__: None, _reference),
 )
