@@ -194,11 +194,10 @@ def generate(f: Flags, words: list[str]) -> int:
         f.prompt, temperature=f.temperature, top_p=f.top_p, stream=printed if alone else None, **options
     )
     if f.json:
-        texts = [{"prompt": p, **t._asdict()} for p, t in zip(f.prompt, made.texts, strict=True)]
+        rows = zip(f.prompt, made.prompt_tokens, made.texts, strict=True)
+        texts = [{"prompt": p, "prompt_tokens": n, **t._asdict()} for p, n, t in rows]
         print(json.dumps({"texts": texts, "tokens_per_second": made.tokens_per_second}, indent=2))
-    elif alone:
-        printed(made.texts, last=True)
-    else:
+    elif not alone:
         for prompt, text in zip(f.prompt, made.texts, strict=True):
             print(f"> {prompt}\n{text.text}\n")
     if made.tokens_per_second is not None:
@@ -210,13 +209,14 @@ class _Printed:
     """Prints a text as it grows."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.shown = ""
 
-    def __call__(self, texts: Sequence[Any], last: bool = False) -> None:
-        text = texts[0].text
-        whole = text if last else text.rstrip("\ufffd")  # a character of which bytes are still to come
-        print(whole[self.length :], end="\n" if last else "", flush=True)
-        self.length = len(whole)
+    def __call__(self, texts: Sequence[Any]) -> None:
+        (text,) = texts
+        # Few tokenizers read bytes in another way once more of them have come: then all of it again.
+        new = text.text.removeprefix(self.shown) if text.text.startswith(self.shown) else "\n" + text.text
+        print(new, end="\n" if text.reason else "", flush=True)
+        self.shown = text.text
 
 
 def verify(f: Flags, words: list[str]) -> int:

@@ -11,12 +11,17 @@ import jax
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def jit(static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = ()) -> Callable[[F], F]:
-    """`jax.jit` with two compiler options, as a decorator.
+def jit(
+    static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = (), sequential: bool = False
+) -> Callable[[F], F]:
+    """`jax.jit` with compiler options, as a decorator; of its methods there is `lower`.
 
     XLA may keep bfloat16 intermediates in float32. A quantized input that is one unit away flips codes, so a
     simulation would drift from what a server computes: that freedom is taken away. On a CPU, LLVM's first
     level gives the same speed here as its third and compiles in two thirds of the time.
+
+    Args:
+      sequential: on a CPU, operations run in the order that takes the least memory, not side by side.
     """
 
     def decorate(fn: F) -> F:
@@ -25,6 +30,8 @@ def jit(static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = 
             options: dict[str, Any] = {"xla_allow_excess_precision": False}
             if jax.default_backend() == "cpu":
                 options["xla_backend_optimization_level"] = 1
+                if sequential:
+                    options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
             return jax.jit(
                 fn,
                 static_argnums=static_argnums,
@@ -36,6 +43,7 @@ def jit(static_argnums: tuple[int, ...] = (), donate_argnums: tuple[int, ...] = 
         def call(*args: Any) -> Any:
             return compiled()(*args)
 
+        call.lower = lambda *args: compiled().lower(*args)  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
     return decorate

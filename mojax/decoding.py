@@ -18,7 +18,7 @@ from jax import lax
 from mojax.compile import jit
 from mojax.formats.base import Format, QTensor
 from mojax.kernels.attention import attend
-from mojax.program import Program, simulated
+from mojax.program import Program, embed, simulated
 
 
 class Layer(NamedTuple):
@@ -54,10 +54,10 @@ class Weights(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen.
+    """How a token is drawn.
 
     Attributes:
-      temperature: float32 `[]`; 0 is the likeliest token.
+      temperature: float32 `[]`, above 0.
       top_p: float32 `[]`; of the likeliest tokens, as many as together have this probability.
       key: of `jax.random`; the tokens of a sequence depend on it, its row and its step.
     """
@@ -77,7 +77,7 @@ class State(NamedTuple):
       token: int32 `[batch]`, the last one, not yet in the cache.
       done: bool `[batch]`.
       finite: bool `[]`, all logits so far were.
-      tokens: int32 `[batch, max_tokens]`, those chosen so far; made: int32 `[]`, how many.
+      tokens: int32 `[batch, slots]`, those chosen so far; made: int32 `[]`, how many.
     """
 
     layers: tuple[Layer, ...]
@@ -102,10 +102,12 @@ def empty(format: Format | None, shape: tuple[int, ...], dtype: Any, scales: tup
         return Layer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def zeros(amax: Any) -> QTensor:
-        outer = jnp.float32(1) if amax is None else jnp.asarray(format.outer(amax, jnp.dtype(dtype)))
+        outer = None
+        if format.static:
+            outer = jnp.float32(1) if amax is None else jnp.asarray(format.outer(amax, jnp.dtype(dtype)))
         q = jax.eval_shape(format.encode, jax.ShapeDtypeStruct(shape, dtype), outer)
         found = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), q)
-        return dataclasses.replace(found, scales=found.scales | {"outer": outer})
+        return found if outer is None else dataclasses.replace(found, scales=found.scales | {"outer": outer})
 
     return Layer(*(zeros(amax) for amax in scales))
 
@@ -118,16 +120,16 @@ def write(cache: Any, new: jax.Array, slot: jax.Array) -> Any:
 
     if not isinstance(cache, QTensor):
         return update(cache, new)
-    q = cache.format.encode(new, cache.scales["outer"])
+    q = cache.format.encode(new, cache.scales.get("outer"))
     inner = {k: update(a, q.scales[k]) for k, a in cache.scales.items() if k != "outer"}
     return dataclasses.replace(cache, codes=update(cache.codes, q.codes), scales=cache.scales | inner)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _block(
     program: Program, params: Mapping[str, Any], x: jax.Array, layer: Layer, start: jax.Array, slot: jax.Array
 ) -> tuple[jax.Array, Layer]:
     """One block on `x [batch, length, hidden]` that goes into the slots from `slot` on."""
+    # Without this, XLA decodes the weights of all blocks once, ahead of the loop over tokens.
     params, x = lax.optimization_barrier((params, x))
     positions = slot + lax.iota(jnp.int32, x.shape[1])[None] - start[:, None]
     slots = lax.iota(jnp.int32, layer.k.shape[1])[None] - start[:, None]
@@ -145,89 +147,114 @@ def _block(
     return simulated(program, run)(params, x, layer, positions, slots, slot)
 
 
-def forward(
-    programs: Programs, weights: Weights, layers: tuple[Layer, ...], tokens: Any, start: Any, slot: Any
-) -> tuple[jax.Array, tuple[Layer, ...]]:
-    """Logits float32 `[batch, vocabulary]` after the last of `tokens` int32 `[batch, length]`; the caches."""
-    x = simulated(programs.embed, programs.embed.family.embed)(weights.embed, tokens)
-    new = []
-    for program, params, layer in zip(programs.blocks, weights.blocks, layers, strict=True):
-        x, layer = _block(program, params, x, layer, start, slot)
-        new.append(layer)
-    logits = simulated(programs.head, programs.head.family.head)(weights.head, x[:, -1:])
-    return logits[:, 0], tuple(new)
+_block_alone = jit(static_argnums=(0,), donate_argnums=(3,))(_block)
+_block_inside = functools.partial(jax.jit, static_argnums=0)(_block)  # blocks of one kind are traced once
 
 
-def choose(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    """The next token of every row of float32 logits `[batch, vocabulary]` (nucleus: arXiv 1904.09751)."""
+def _head(program: Program, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """Logits float32 `[batch, vocabulary]` after the last of `x [batch, length, hidden]`."""
+    params, x = lax.optimization_barrier((params, x))
+    return simulated(program, program.family.head)(params, x[:, -1:])[:, 0]
 
-    def sample() -> jax.Array:
-        scaled = logits / sampling.temperature
-        ranked = -jnp.sort(-scaled, axis=-1)
+
+def choose(logits: jax.Array, sampling: Sampling | None, step: jax.Array) -> jax.Array:
+    """The next token of every row of float32 logits `[batch, vocabulary]`; without `sampling` the likeliest.
+
+    A nucleus (arXiv 1904.09751) holds all tokens that are as likely as its last one.
+    """
+    if sampling is None:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    # Those of the likeliest are 0, so that no temperature makes them overflow.
+    logs = (logits - jnp.max(logits, -1, keepdims=True)) / sampling.temperature
+
+    def nucleus() -> jax.Array:
+        ranked = -jnp.sort(-logs, axis=-1)
         shares = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares
-        least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-        nucleus = jnp.where(scaled >= jnp.maximum(least, ranked[:, -1:]), scaled, -jnp.inf)
-        key = jax.random.fold_in(sampling.key, step)
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(logits)))
-        return jax.vmap(jax.random.categorical)(keys, nucleus).astype(jnp.int32)
+        inside = jnp.cumsum(shares, axis=-1) - shares < sampling.top_p
+        return jnp.where(logs >= jnp.min(ranked, -1, keepdims=True, where=inside, initial=0), logs, -jnp.inf)
 
-    return lax.cond(sampling.temperature > 0, sample, lambda: jnp.argmax(logits, -1).astype(jnp.int32))
+    key = jax.random.fold_in(sampling.key, step)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(logits)))
+    kept = lax.cond(sampling.top_p < 1, nucleus, lambda: logs)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 
-def _next(programs: Programs, logits: jax.Array, sampling: Sampling, state: State) -> State:
+def _next(stop: tuple[int, ...], logits: jax.Array, sampling: Sampling | None, state: State) -> State:
     token = choose(logits, sampling, state.made)
-    stop = jnp.isin(token, jnp.array(programs.stop, jnp.int32))
     return state._replace(
         token=token,
-        done=state.done | stop,
+        done=state.done | jnp.isin(token, jnp.array(stop, jnp.int32)),
         finite=state.finite & jnp.isfinite(logits).all(),
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.made)),
         made=state.made + 1,
     )
 
 
-@jit(static_argnums=(0, 5))
 def prefill(
     programs: Programs,
     weights: Weights,
     layers: tuple[Layer, ...],
     tokens: Any,
-    sampling: Sampling,
-    max_tokens: int,
+    sampling: Sampling | None,
     start: Any,
 ) -> State:
-    """Run the prompts and choose the first token.
+    """Run the prompts, block by block, and choose the first token. `layers` are used up.
 
     Args:
-      layers: of `empty`, with at least `length + max_tokens` slots.
+      layers: of `empty`, with more slots than `length`.
       tokens: int32 `[batch, length]`, padded on the left.
       start: int32 `[batch]`, how many tokens of padding each has.
     """
-    batch, length = tokens.shape
-    logits, layers = forward(programs, weights, layers, tokens, start, jnp.int32(0))
+    start, new = jnp.asarray(start, jnp.int32), []
+    x = embed(programs.embed.family, programs.embed.config, weights.embed, tokens)
+    for program, params, layer in zip(programs.blocks, weights.blocks, layers, strict=True):
+        x, layer = _block_alone(program, params, x, layer, start, jnp.int32(0))
+        new.append(layer)
+    return _first(programs, weights.head, x, sampling, tuple(new), start)
+
+
+@jit(static_argnums=(0,), donate_argnums=(4,))
+def _first(
+    programs: Programs,
+    head: Mapping[str, Any],
+    x: jax.Array,
+    sampling: Sampling | None,
+    layers: tuple[Layer, ...],
+    start: jax.Array,
+) -> State:
+    batch, length = x.shape[:2]
     state = State(
         layers,
-        jnp.asarray(start, jnp.int32),
+        start,
         jnp.int32(length),
         jnp.zeros(batch, jnp.int32),
         jnp.zeros(batch, bool),
         jnp.bool_(True),
-        jnp.zeros((batch, max_tokens), jnp.int32),
+        jnp.zeros((batch, layers[0].k.shape[1]), jnp.int32),
         jnp.int32(0),
     )
-    return _next(programs, logits, sampling, state)
+    return _next(programs.stop, _head(programs.head, head, x), sampling, state)
 
 
-@jit(static_argnums=(0,), donate_argnums=(2,))
-def advance(programs: Programs, weights: Weights, state: State, sampling: Sampling, until: Any) -> State:
+def forward(programs: Programs, weights: Weights, state: State) -> tuple[jax.Array, State]:
+    """Logits float32 `[batch, vocabulary]` after `state.token`, which goes into the cache."""
+    x = simulated(programs.embed, programs.embed.family.embed)(weights.embed, state.token[:, None])
+    new = []
+    for program, params, layer in zip(programs.blocks, weights.blocks, state.layers, strict=True):
+        x, layer = _block_inside(program, params, x, layer, state.start, state.slot)
+        new.append(layer)
+    return _head(programs.head, weights.head, x), state._replace(layers=tuple(new), slot=state.slot + 1)
+
+
+@jit(static_argnums=(0,), donate_argnums=(2,), sequential=True)
+def advance(
+    programs: Programs, weights: Weights, state: State, sampling: Sampling | None, until: Any
+) -> State:
     """Choose tokens until there are `until` of them, int32 `[]`, or every sequence is done."""
 
     def step(state: State) -> State:
-        logits, layers = forward(
-            programs, weights, state.layers, state.token[:, None], state.start, state.slot
-        )
-        return _next(programs, logits, sampling, state._replace(layers=layers, slot=state.slot + 1))
+        logits, state = forward(programs, weights, state)
+        return _next(programs.stop, logits, sampling, state)
 
     def more(state: State) -> jax.Array:
         return (state.made < until) & ~state.done.all()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import decoding
+from mojax import checkpoint, decoding
 from mojax.decoding import Programs, Sampling, State, Weights
 from mojax.errors import InputError, NotFiniteError
+from mojax.formats.base import QTensor
+from mojax.kernels.base import prepared
 from mojax.model import Model
 from mojax.program import INPUT, Program
 from mojax.tokenizer import Tokenizer, load_tokenizer
@@ -31,14 +32,14 @@ class Text(NamedTuple):
     """What follows a prompt.
 
     Attributes:
-      text: None where there is no tokenizer.
+      text: None where there is no tokenizer. While tokens are still to come it grows by whole characters.
       tokens: ids, without the one that ended it.
-      reason: "stop" at an end-of-sequence token, "length" at max_tokens.
+      reason: "stop" at an end-of-sequence token, "length" at max_tokens, None while tokens are still to come.
     """
 
     text: str | None
     tokens: tuple[int, ...]
-    reason: Literal["stop", "length"]
+    reason: Literal["stop", "length"] | None
 
 
 class Generation(NamedTuple):
@@ -47,7 +48,8 @@ class Generation(NamedTuple):
     Attributes:
       texts: in the order of the prompts.
       prompt_tokens: how many each prompt has.
-      tokens_per_second: over all sequences, without what had to be compiled; None for too few tokens.
+      tokens_per_second: over all sequences, without the prompts and the first two tokens, which may have to
+        wait for a compiler; None where there are no others.
     """
 
     texts: tuple[Text, ...]
@@ -90,36 +92,32 @@ class Runner:
         _check(max_tokens, temperature, top_p, seed)
         ids = [self._ids(i, p) for i, p in enumerate(_several(prompts))]
         self._fit(ids, max_tokens)
-        sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed))
+        sampling = _sampling(temperature, top_p, seed)
         state = self._prefill(ids, sampling, max_tokens)
-        made, seconds, chunk = 0, 0.0, 1
+        texts = self._texts(state, max_tokens, [""] * len(ids))
+        counted, seconds, chunk = 0, 0.0, 1
         while True:
-            found = np.asarray(state.tokens)[:, : int(state.made)]
-            if not bool(state.finite):
-                raise NotFiniteError("the model gives logits that are not finite; nothing can be generated")
-            texts = [self._text(row) for row in found]
             if stream is not None:
                 stream(texts)
-            if found.shape[1] == max_tokens or bool(state.done.all()):
+            if all(text.reason for text in texts):
                 break
-            begin, compiled = time.perf_counter(), found.shape[1] > 1
-            until = min(found.shape[1] + chunk, max_tokens)
-            state = jax.block_until_ready(
-                decoding.advance(self.programs, self.weights, state, sampling, jnp.int32(until))
-            )
-            passed = time.perf_counter() - begin
-            if compiled:  # the first call compiles
-                made, seconds = made + len(ids) * (int(state.made) - found.shape[1]), seconds + passed
-                chunk = max(1, min(64, int(chunk * PAUSE / max(passed, 1e-6)))) if stream else max_tokens
-        return Generation(tuple(texts), tuple(map(len, ids)), made / seconds if made else None)
+            begin, before, made = time.perf_counter(), _count(texts), int(state.made)
+            until = jnp.int32(min(made + chunk, max_tokens))
+            state = decoding.advance(self.programs, self.weights, state, sampling, until)
+            texts = self._texts(state, max_tokens, [text.text or "" for text in texts])
+            if made > 1:  # the first call may compile
+                passed = time.perf_counter() - begin
+                counted, seconds = counted + _count(texts) - before, seconds + passed
+                chunk = max(1, min(64, int(chunk * PAUSE / passed)))
+            chunk = chunk if stream is not None else max_tokens
+        speed = counted / seconds if counted else None
+        return Generation(tuple(texts), tuple(map(len, ids)), speed)
 
     def _ids(self, i: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError(f"prompt {i}: is text, and the model has no tokenizer; {_ADVICE}")
-            found = self.tokenizer.prompt(prompt)
+            found = self._tokenizer(i).prompt(prompt)
         else:
-            found = [int(t) for t in prompt]
+            found = _integers(i, prompt)
         vocab = self.model.config.get("vocab_size")
         if not found:
             raise InputError(f"prompt {i}: is empty; at least one token is needed")
@@ -129,15 +127,22 @@ class Runner:
             )
         return found
 
+    def _tokenizer(self, i: int) -> Tokenizer:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if self.model.checkpoint is None:
+            raise InputError(f"prompt {i}: is text, and a model without files has no tokenizer; {_ADVICE}")
+        return load_tokenizer(self.model.checkpoint.folder, _ADVICE)  # says what is wrong with it
+
     def _fit(self, ids: list[list[int]], max_tokens: int) -> None:
         longest, positions = max(map(len, ids)), self.model.config.get("max_position_embeddings")
         if positions and longest + max_tokens > positions:
             raise InputError(
-                f"a prompt of {longest} tokens and max_tokens {max_tokens} are {longest + max_tokens} together, "
-                f"the model has {positions} positions (max_position_embeddings); shorten one"
+                f"a prompt of {longest} tokens and max_tokens {max_tokens} make {longest + max_tokens}; the "
+                f"model has {positions} positions (max_position_embeddings); shorten one"
             )
 
-    def _prefill(self, ids: list[list[int]], sampling: Sampling, max_tokens: int) -> State:
+    def _prefill(self, ids: list[list[int]], sampling: Sampling | None, max_tokens: int) -> State:
         length = -(-max(map(len, ids)) // LENGTH) * LENGTH
         slots = -(-(length + max_tokens) // SLOTS) * SLOTS
         tokens, start = np.zeros((len(ids), length), np.int32), np.zeros(len(ids), np.int32)
@@ -155,13 +160,26 @@ class Runner:
             )
             for params in self.weights.blocks
         )
-        return decoding.prefill(self.programs, self.weights, layers, tokens, sampling, max_tokens, start)
+        return decoding.prefill(self.programs, self.weights, layers, tokens, sampling, start)
 
-    def _text(self, row: np.ndarray) -> Text:
+    def _texts(self, state: State, max_tokens: int, shown: list[str]) -> list[Text]:
+        tokens, made, finite = jax.device_get((state.tokens, state.made, state.finite))
+        if not finite:
+            raise NotFiniteError("the model gives logits that are not finite; nothing can be generated")
+        rows = zip(tokens[:, :made], shown, strict=True)
+        return [self._text(row, made == max_tokens, before) for row, before in rows]
+
+    def _text(self, row: np.ndarray, full: bool, shown: str) -> Text:
         ends = np.flatnonzero(np.isin(row, self.programs.stop))
         tokens = tuple(map(int, row[: ends[0]] if len(ends) else row))
-        text = None if self.tokenizer is None else self.tokenizer.decode(tokens)
-        return Text(text, tokens, "stop" if len(ends) else "length")
+        reason = "stop" if len(ends) else "length" if full else None
+        if self.tokenizer is None:
+            return Text(None, tokens, reason)
+        text = self.tokenizer.decode(tokens)
+        if reason is None:
+            whole = text.rstrip("\ufffd")  # the bytes of a character that is still to come
+            text = whole if whole.startswith(shown) else shown
+        return Text(text, tokens, reason)
 
 
 def run(model: Any) -> Runner:
@@ -180,10 +198,11 @@ def run(model: Any) -> Runner:
     head = model.head_program()
     blocks = tuple(dataclasses.replace(model, cache=None).program(b) for b in model.blocks)
     programs = Programs(Program(head.family, head.config, "embed"), blocks, head, model.cache, _stop(model))
+    outside = model.outside("embed")
     weights = Weights(
-        model.outside("embed"),
-        tuple(jax.device_put(model.local(block)) for block in model.blocks),
-        model.outside("head"),
+        outside,
+        tuple(prepare(model, block.prefix, model.local(block)) for block in model.blocks),
+        {name: outside.get(name, leaf) for name, leaf in prepare(model, "", model.outside("head")).items()},
     )
     folder = model.checkpoint.folder if model.checkpoint is not None else None
     try:
@@ -193,23 +212,64 @@ def run(model: Any) -> Runner:
     return Runner(model, programs, weights, tokenizer)
 
 
+def prepare(model: Model, prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters on the device, packed ones in the order that its kernels read fastest."""
+
+    def one(name: str, leaf: Any) -> Any:
+        scheme = model.schemes.get(prefix + name.removesuffix(".weight"))
+        leaf = jax.device_put(leaf)
+        return prepared(leaf, scheme.inputs) if scheme is not None and isinstance(leaf, QTensor) else leaf
+
+    return {name: one(name, leaf) for name, leaf in params.items()}
+
+
 def _stop(model: Model) -> tuple[int, ...]:
     """The ids that end a sequence: those of generation_config.json, else of config.json."""
-    said = model.config.get("eos_token_id")
+    said, file = model.config.get("eos_token_id"), "config.json"
     path = model.checkpoint.folder / "generation_config.json" if model.checkpoint is not None else None
     if path is not None and path.exists():
-        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", said)
-    return tuple(said) if isinstance(said, list) else () if said is None else (int(said),)
+        found = checkpoint.read_json(path)
+        said, file = found.get("eos_token_id", said), path.name if "eos_token_id" in found else file
+    ids = [] if said is None else said if isinstance(said, list) else [said]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{file}: eos_token_id is {said!r}, needed a token id, a list of them, or null")
+    return tuple(ids)
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (
-        len(prompts) and np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str)
-    ):
-        return [prompts]  # type: ignore[list-item]
-    if not len(prompts):
+def _several(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        found = list(prompts)
+    except TypeError:
+        raise InputError(
+            f"prompts: found {type(prompts).__name__}, needed texts or lists of token ids"
+        ) from None
+    if not found:
         raise InputError("prompts: there are none; give at least one")
-    return list(prompts)  # type: ignore[arg-type]
+    one = not isinstance(found[0], str | Sequence) and not getattr(found[0], "ndim", 0)
+    return [found] if one else found
+
+
+def _integers(i: int, prompt: Any) -> list[int]:
+    try:
+        found = np.asarray(prompt)
+    except ValueError:  # lists of different lengths
+        found = np.zeros((), object)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise InputError(f"prompt {i}: is neither a text nor a list of token ids")
+    return found.tolist()
+
+
+def _sampling(temperature: float, top_p: float, seed: int) -> Sampling | None:
+    least = np.finfo(np.float32).tiny  # what is below is 0 on some devices
+    if temperature < least:
+        return None
+    return Sampling(jnp.float32(temperature), jnp.float32(max(top_p, least)), jax.random.key(seed))
+
+
+def _count(texts: Sequence[Text]) -> int:
+    return sum(len(text.tokens) for text in texts)
 
 
 def _check(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
