@@ -23,6 +23,9 @@ gpu = pytest.mark.gpu
 
 # Set by .ci/kernels, which brings NVIDIA's assembler: `lowered` then compiles too, and reads its logs here.
 DUMPS = os.environ.get("MOSAIC_GPU_DUMP_TO")
+if DUMPS:  # a folder for each process of pytest-xdist
+    DUMPS = os.environ["MOSAIC_GPU_DUMP_TO"] = f"{DUMPS}-{os.getpid()}"
+    Path(DUMPS).mkdir()
 LOGS: list[str] = []
 TARGET = """
 gpu_device_info {{

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SIBLINGS = ("transforms", "kernels", "converters", "recipes")
 TYPED = ["mojax", *(f"mojax/{room}" for room in SIBLINGS)]  # pyright does not walk into links by itself
-ROOMS = ("mojax", "mojax/formats", "mojax/models", *SIBLINGS)
+ROOMS = ("mojax", "mojax/formats", "mojax/models", "kernels/gpu", *SIBLINGS)
 
 PLANTED = '''"""Wrong in two ways."""
 
