@@ -142,6 +142,8 @@ def test_hopper_says_why_not():
         return hopper.why_not(*case(0, *arguments, **changes))
 
     assert why(1, 1, 8, 2, 64, 5) is None
+    for empty in ((0, 1, 8, 2, 64, 5), (2, 0, 8, 2, 64, 5), (2, 1, 8, 2, 64, 0)):
+        assert "nothing to compute" in str(hopper.why_not(*specs(empty, "", "")))
     assert why(1, 17, 8, 2, 64, 5) == "length is 17, above 16"
     assert why(1, 16, 16, 2, 64, 5) == "128 query rows share a key head, above 64"
     assert why(1, 1, 8, 2, 96, 5) == "head_dim is 96, none of 64, 128 and 256"

@@ -65,6 +65,8 @@ def why_not(
     """Why the kernel cannot take these arguments of `mojax.kernels.attention.attend`, or None."""
     _, length, heads, size = q.shape
     rows = length * heads // k.shape[2]
+    if 0 in (*q.shape, k.shape[1]):
+        return f"q is {q.shape} and there are {k.shape[1]} slots: nothing to compute"
     if length > _LENGTH:
         return f"length is {length}, above {_LENGTH}"
     if rows > _ROWS:
