@@ -128,6 +128,7 @@ def test_tiles_cover_the_product_and_fit(format, itemsize, rows, E, N, K):
     cut = kernel.tiles(rows, E, N, -(-K // found.period) * found.period, found, itemsize)
     assert N % (cut.warpgroups * 64 * cut.turns) == 0
     assert cut.height in kernel.HEIGHTS and cut.stages >= 2
+    assert cut.warpgroups <= 3  # 4 would wait for registers forever, see weight_only_test.py
     step = cut.warpgroups * 64 * 128 + cut.height * found.k * 2
     assert cut.stages * step + cut.warpgroups * 64 * cut.height * itemsize < 227 * 1024
     if rows <= E:
@@ -286,7 +287,7 @@ def test_on_hopper(format, rows, E, N, K):
 
 @gpu
 @pytest.mark.parametrize("format", [NVFP4(), FP8("channel")])
-@pytest.mark.parametrize("cut", [(8, 1, 1, 2), (8, 4, 3, 4), (32, 2, 2, 3), (64, 4, 3, 2), (128, 2, 6, 2)])
+@pytest.mark.parametrize("cut", [(8, 1, 1, 2), (8, 3, 4, 4), (32, 2, 2, 3), (64, 3, 2, 2), (128, 2, 6, 2)])
 def test_every_cut_on_hopper(format, cut):
     if compute_capability() != 9:
         pytest.skip("needs compute capability 9.x")

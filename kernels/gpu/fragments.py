@@ -12,11 +12,13 @@ One step of a kernel's pipeline takes 128 bytes of codes of every row. Scales:
   "rows"  int4 in groups of 64, 128 or 256, fp8 per block: one scale per row and group.
   ""      fp8 per tensor or channel, int8: `after` multiplies the sums.
 
-A kernel needs `block`, `arrays`, `specs`, `inputs_spec`, `permuted` and `multiply`.
+A kernel needs `refused`, `depth`, `block`, `after`, `specs`, `inputs_spec`, `multiply`, and of `weight_only`
+`permuted` and `arrays`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -36,7 +38,7 @@ from mojax.formats.fp8 import FP8
 from mojax.formats.int4 import INT4
 from mojax.formats.int8 import INT8
 from mojax.formats.mxfp4 import MXFP4
-from mojax.formats.numerics import e2m1_value, power
+from mojax.formats.numerics import e2m1_value, power, unpack
 from mojax.formats.nvfp4 import NVFP4
 
 ROWS = 64  # of a weight, per wgmma
@@ -46,6 +48,10 @@ COLUMNS = 16  # of K per fragment: of its scales in a tile
 LINE = 8  # rows whose scales of a tile lie together in memory
 SWIZZLE = plgpu.SwizzleTransform(128)
 
+# Pallas gives warpgroups that multiply what the one that fetches leaves of 512 registers. Four would wait for
+# theirs forever: five warpgroups start with 96 each, which are 480 together.
+WARPGROUPS = (3, 2, 1)  # that multiply
+MEMORY_REGISTERS = 56  # per thread of the warpgroup that fetches: with 40 its first copies spill
 
 # Per code of a uint16, which bits of it make the code's pattern and how far left they move (negative: right).
 # E2M1 and E4M3 become the sign, exponent and mantissa of a bfloat16 that is too small by 2^126 or 2^120. E2M1
@@ -117,31 +123,41 @@ def block(format: Format) -> Block | None:
     return None
 
 
-def permuted(x: jax.Array, block: Block, k: int) -> jax.Array:
-    """Inputs `[..., K]` in the order in which the fragments have K, padded with zeros to `[..., k]`.
-
-    Args:
-      k: a multiple of `block.period`: what `arrays` of the weight have of K.
-    """
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
-    if block.scale == "tile":  # column, uint16 within its group, code within that
-        parts, order = (COLUMNS, block.group // block.per, block.per), (1, 2, 0)
-    else:  # uint16, code within it
-        parts, order = (COLUMNS, block.per), (1, 0)
-    x = x.reshape(*x.shape[:-1], -1, *parts)
-    lead = x.ndim - len(parts)
-    return x.transpose(*range(lead), *(lead + i for i in order)).reshape(*x.shape[: lead - 1], k)
-
-
-def arrays(q: QTensor) -> tuple[jax.Array, ...]:
-    """What a kernel reads of a weight in the order "weight_only": the refs that `specs` are for.
-
-    Codes `[*batch, N, bytes]`. Scales and zero points (bfloat16) "tile" `[*batch, N / 8, tiles, 128]`, a
-    contiguous tile `[8, 16]` each, "rows" `[*batch, K / group, N]`.
-    """
-    inside = [q.scales[level] for level in ("inner", "zero") if level in q.scales]
+def refused(q: QTensor) -> str | None:
+    """Why a weight, or one of several, cannot be decoded here; None where it can."""
     found = block(q.format)
-    return (q.codes, *inside) if found is not None and found.scale else (q.codes,)
+    if found is None:
+        return f"{q.format.label} is not decoded in registers"
+    N = q.codes.shape[-2]
+    if N % ROWS:
+        return f"N = {N} is no multiple of {ROWS}"
+    if (found.element == "int4" or found.scale == "rows") and q.dtype != jnp.bfloat16:
+        return f"{q.format.label} rounds to the weight's dtype {q.dtype}, which is not bfloat16"
+    return None
+
+
+def depth(q: QTensor) -> int:
+    """K of the leaf's matrices."""
+    return math.prod(q.shape[a] for a in q.contract) if q.contract else q.shape[-1]
+
+
+def after(q: QTensor, block: Block) -> jax.Array:
+    """What multiplies the sums, float32 `[*batch, 1]` or `[*batch, N]`; `q` in any order."""
+    lead = q.codes.shape[:-2]
+    if block.scale and "outer" not in q.scales:
+        return jnp.full((*lead, 1), 2.0**-block.exponent, jnp.float32)
+    # Of the codes' values nothing is used, so some of any order do.
+    codes = unpack(q.codes[..., :8]) if q.format.bits == 4 else q.codes[..., :1]
+    scales = dict(q.scales)
+    if block.scale:
+        scales["inner"] = jnp.ones((*codes.shape[:-1], 1), scales["inner"].dtype)
+
+    def one(codes: jax.Array, scales: dict[str, Any]) -> jax.Array:
+        return jnp.asarray(q.format.factored(codes, scales, q.dtype)[1], jnp.float32).reshape(-1)
+
+    for _ in lead:
+        one = jax.vmap(one)
+    return one(codes, scales) * 2.0**-block.exponent
 
 
 def specs(
@@ -175,12 +191,7 @@ def specs(
 
 
 def inputs_spec(
-    block: Block,
-    m: int,
-    at: Callable[..., tuple[Any, Any]],
-    *,
-    shared: tuple[str, ...] = (),
-    interpret: bool = False,
+    block: Block, m: int, at: Callable[..., Any], *, shared: tuple[str, ...] = (), interpret: bool = False
 ) -> plgpu.BlockSpec:
     """The block of `permuted` inputs `[M, K]` that one step takes; interpreted it is of `[K, M]`.
 
@@ -380,10 +391,8 @@ def _constant(kind: ir.Type, value: int) -> ir.Value:
 
 def _pair(value: float) -> ir.Value:
     """A constant: 2 bfloat16."""
-    kind = ir.VectorType.get((2,), ir.BF16Type.get())
-    return arith.constant(
-        kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(ir.BF16Type.get(), value))
-    )
+    kind, number = ir.VectorType.get((2,), ir.BF16Type.get()), ir.FloatAttr.get(ir.BF16Type.get(), value)
+    return arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, number))
 
 
 def _bfloat16(word: ir.Value) -> ir.Value:

@@ -2,7 +2,7 @@
 
 The rows are cut into tiles of one height, each within one group; `schedule` finds them on the device, so that
 group sizes are data. A thread block takes one tile and some rows of its group's weight, which one warpgroup
-fetches by TMA; 1 to 4 others decode 64 rows each in registers (`fragments`), multiply them by wgmma with the
+fetches by TMA; 1 to 3 others decode 64 rows each in registers (`fragments`), multiply them by wgmma with the
 tile, and go on to the next 64. There are thread blocks for as many tiles as any sizes need; those without one
 return at once.
 
@@ -26,27 +26,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.formats.numerics import unpack
 from mojax.kernels.gpu.fragments import (
     BYTES,
     COLUMNS,
+    MEMORY_REGISTERS,
     ROWS,
     STEP,
     SWIZZLE,
+    WARPGROUPS,
     Block,
-    arrays,
+    after,
     block,
+    depth,
     inputs_spec,
     multiply,
-    permuted,
+    refused,
     specs,
 )
-from mojax.kernels.gpu.weight_only import DTYPES, MEMORY_REGISTERS, ORDER, SHARED, SMS, repack
+from mojax.kernels.gpu.weight_only import DTYPES, ORDER, SHARED, SMS, arrays, permuted, repack
 
 _INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # before jax 0.11
 LINE = 8  # rows of the inputs that lie together in shared memory
 HEIGHTS = (8, 16, 32, 64, 128)  # of tiles
-REGISTERS = 384  # rows of a tile, times warpgroups: more sums do not fit
 
 # (rows, E, N, K): Qwen3-30B-A3B, 8 experts per token, and Mixtral 8x7B, 2, at 1, 32 and 2048 tokens.
 SHAPES = tuple(
@@ -65,7 +66,7 @@ class Tiles(NamedTuple):
 
     Attributes:
       height: rows of the inputs per tile, a multiple of 8.
-      warpgroups: that multiply, with 64 rows of the weight each.
+      warpgroups: that multiply, with 64 rows of the weight each, 1 to 3.
       turns: how often they do so, a thread block.
       stages: pipeline steps that are in shared memory at once.
     """
@@ -165,8 +166,8 @@ def tiles(rows: int, E: int, N: int, K: int, found: Block, itemsize: int = 2, sm
     choices = [
         (height, w, turns)
         for height in HEIGHTS
-        for w in (4, 3, 2, 1)
-        if not N % (w * ROWS) and w * height <= REGISTERS and stages(height, w) > 1
+        for w in WARPGROUPS
+        if not N % (w * ROWS) and stages(height, w) > 1
         for turns in range(1, N // (w * ROWS) + 1)
         if not N // (w * ROWS) % turns
     ]
@@ -186,19 +187,12 @@ def why_not(x: Any, q: QTensor, sizes: Any, *, dtype: Any, interpret: Any = None
         return f"the weight's codes are in the order {q.order!r}"
     if len(q.codes.shape) != 3:
         return f"the weight has batch axes {q.batch}, not one"
-    E, N, _ = q.codes.shape
-    if sizes.shape != (E,) or sizes.dtype != jnp.int32:
-        return f"sizes are {sizes.dtype} {sizes.shape}, not int32 {(E,)}"
-    found = block(q.format)
-    if found is None:
-        return f"{q.format.label} is not decoded in registers"
-    if N % ROWS:
-        return f"N = {N} is no multiple of {ROWS}"
-    if (found.element == "int4" or found.scale == "rows") and q.dtype != jnp.bfloat16:
-        return f"{q.format.label} rounds to the weight's dtype {q.dtype}, which is not bfloat16"
-    K = math.prod(q.shape[a] for a in q.contract) if q.contract else q.shape[-1]
-    if x.shape[1] != K:
-        return f"inputs {x.shape} and a weight of K = {K} do not fit"
+    if sizes.shape != q.codes.shape[:1] or sizes.dtype != jnp.int32:
+        return f"sizes are {sizes.dtype} {sizes.shape}, not int32 {q.codes.shape[:1]}"
+    if (reason := refused(q)) is not None:
+        return reason
+    if x.shape[1] != depth(q):
+        return f"inputs {x.shape} and a weight of K = {depth(q)} do not fit"
     return None
 
 
@@ -247,25 +241,8 @@ def _grouped(
     plan = schedule(sizes, rows, cut.height)
     x = permuted(x.at[plan.source].get(mode="promise_in_bounds"), found, K)
     product = _product(cut, found, dtype, interpret)
-    y = product(*plan[:3], _after(q, found), x if interpret is None else x.T, *weight)
+    y = product(*plan[:3], after(q, found), x if interpret is None else x.T, *weight)
     return y.at[plan.place].get(mode="fill", fill_value=0)
-
-
-def _after(q: QTensor, found: Block) -> jax.Array:
-    """What multiplies the sums, float32 `[E]` or `[E, N]`."""
-
-    def one(codes: jax.Array, scales: dict[str, Any]) -> jax.Array:
-        return jnp.asarray(q.format.factored(codes, scales, q.dtype)[1], jnp.float32)
-
-    if found.scale and "outer" not in q.scales:
-        return jnp.ones(q.codes.shape[0], jnp.float32)
-    # Of the codes' values nothing is used, so some of any order do.
-    codes = unpack(q.codes[:, :, :8]) if q.format.bits == 4 else q.codes[:, :, :1]
-    scales = dict(q.scales)
-    if found.scale:
-        scales["inner"] = jnp.ones((*codes.shape[:2], 1), scales["inner"].dtype)
-    after = jax.vmap(one)(codes, scales) * 2.0**-found.exponent
-    return after.reshape(q.codes.shape[:2]) if after.ndim > 1 else after
 
 
 def _product(cut: Tiles, found: Block, dtype: Any, interpret: Any) -> Callable[..., jax.Array]:
@@ -304,7 +281,7 @@ def _block(cut: Tiles, found: Block, parts: int, steps: int, simulated: bool) ->
     height, wide = cut.height, cut.warpgroups * ROWS
 
     def kernel(*refs: Any) -> None:
-        groups, firsts, valids, after, x, *weight, out, made, staging = refs
+        groups, firsts, valids, scales, x, *weight, out, made, staging = refs
         index = lax.axis_index("block")
         tile, part = lax.div(index, parts), lax.rem(index, parts)  # neighbours share a tile's rows
         group, here = groups[tile], pl.ds(firsts[tile], height)
@@ -328,7 +305,7 @@ def _block(cut: Tiles, found: Block, parts: int, steps: int, simulated: bool) ->
             @pl.when(k == steps - 1)
             def _() -> None:
                 columns = pl.ds((part * cut.turns + turn) * wide + row, ROWS)
-                y = total * _factor(after, group, columns, height, simulated)
+                y = total * _factor(scales, group, columns, height, simulated)
                 _write(y, made.at[warpgroup], out.at[pl.ds(tile * height, height), columns], simulated)
 
             return total
@@ -357,15 +334,15 @@ def _block(cut: Tiles, found: Block, parts: int, steps: int, simulated: bool) ->
     return kernel
 
 
-def _factor(after: Any, group: Any, columns: Any, height: int, simulated: bool) -> Any:
+def _factor(scales: Any, group: Any, columns: Any, height: int, simulated: bool) -> Any:
     """What multiplies the sums `[64, height]`: a number, or one per row."""
-    if len(after.shape) == 1:
-        return after[group]
+    if scales.shape[1] == 1:
+        return scales[group, 0]
     if simulated:
-        factor = after[group, columns]
+        factor = scales[group, columns]
     else:
         load: Any = partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        factor = load(after, (group, columns)) if _INDEXED else load(after.at[group, columns])
+        factor = load(scales, (group, columns)) if _INDEXED else load(scales.at[group, columns])
     return lax.broadcast_in_dim(factor, (ROWS, height), (0,))
 
 

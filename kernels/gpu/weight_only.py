@@ -1,7 +1,7 @@
 """Few inputs times an encoded weight for Hopper: Pallas Mosaic GPU.
 
 A product with few rows of inputs takes as long as its weight takes to be read. Each thread block reads some
-rows of the weight and a part of K, one warpgroup by TMA; 1 to 4 others decode 64 rows each in registers
+rows of the weight and a part of K, one warpgroup by TMA; 1 to 3 others decode 64 rows each in registers
 (`fragments`) and multiply them by wgmma with all the inputs. Sums over the parts of K go to memory in
 float32; XLA adds them in order, scales, transposes and rounds them in one fusion, the same bits in every run.
 """
@@ -9,7 +9,6 @@ float32; XLA adds them in order, scales, transposes and rounds them in one fusio
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,21 +22,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.formats.numerics import unpack
 from mojax.kernels.gpu.fragments import (
     BYTES,
     COLUMNS,
     FIELDS,
     LINE,
+    MEMORY_REGISTERS,
     ROWS,
     STEP,
+    WARPGROUPS,
     Block,
-    arrays,
+    after,
     block,
+    depth,
     inputs_spec,
     moved,
     multiply,
-    permuted,
+    refused,
     specs,
     words,
 )
@@ -45,7 +46,6 @@ from mojax.kernels.gpu.fragments import (
 ORDER = "weight_only"
 SMS = 132  # multiprocessors of an H100 SXM or H200
 SHARED = 225 * 1024  # bytes of shared memory for tiles: 227 KiB less what barriers and alignment need
-MEMORY_REGISTERS = 56  # per thread of the warpgroup that fetches: with 40 its first copies spill
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _PER_BLOCK = 128  # rows that share a scale of fp8 per block
 
@@ -62,7 +62,7 @@ class Tiles(NamedTuple):
 
     Attributes:
       m: rows of the inputs per thread block, a multiple of 8.
-      warpgroups: that multiply, with 64 rows of the weight each.
+      warpgroups: that multiply, with 64 rows of the weight each, 1 to 3.
       splits: parts of K, summed afterwards; the last may be smaller.
       pair: thread blocks (1 or 2) of a cluster, which share their inputs by multicast.
       stages: pipeline steps that are in shared memory at once.
@@ -101,7 +101,7 @@ def tiles(M: int, N: int, K: int, found: Block, sms: int = SMS) -> Tiles:
         return -(-blocks // sms) * (-(-steps // splits) * step + 6) + sums  # about 2 us to begin and end
 
     splits = sorted({-(-steps // part) for part in range(1, steps + 1)})
-    choices = [(w, s) for w in (4, 3, 2, 1) if not N % (w * ROWS) for s in splits]
+    choices = [(w, s) for w in WARPGROUPS if not N % (w * ROWS) for s in splits]
     warpgroups, splits = min(choices, key=time)
     floats = 6 if found.element == "int4" else 4  # bytes at most, of a scale and a zero point
     width = {"": 0, "rows": floats * 4, "tile": COLUMNS * (1 if found.element == "e2m1" else floats)}
@@ -121,38 +121,20 @@ def why_not(x: Any, q: QTensor, *, dtype: Any, bias: Any = None, interpret: Any 
         return f"the weight's codes are in the order {q.order!r}"
     if len(q.codes.shape) != 2:
         return f"the weight has batch axes {q.batch}"
-    if (reason := _refused(q)) is not None:
+    if (reason := refused(q)) is not None:
         return reason
-    if x.shape[1] != _width(q):
-        return f"inputs {x.shape} and a weight of K = {_width(q)} do not fit"
+    if x.shape[1] != depth(q):
+        return f"inputs {x.shape} and a weight of K = {depth(q)} do not fit"
     if bias is not None and bias.shape != (q.codes.shape[0],):
         return f"bias has shape {bias.shape}, not {(q.codes.shape[0],)}"
     return None
-
-
-def _refused(q: QTensor) -> str | None:
-    """Why a weight, or one of several, cannot be decoded here."""
-    found = block(q.format)
-    if found is None:
-        return f"{q.format.label} is not decoded in registers"
-    N = q.codes.shape[-2]
-    if N % ROWS:
-        return f"N = {N} is no multiple of {ROWS}"
-    if (found.element == "int4" or found.scale == "rows") and q.dtype != jnp.bfloat16:
-        return f"{q.format.label} rounds to the weight's dtype {q.dtype}, which is not bfloat16"
-    return None
-
-
-def _width(q: QTensor) -> int:
-    """K of the leaf's matrices."""
-    return math.prod(q.shape[a] for a in q.contract) if q.contract else q.shape[-1]
 
 
 def repack(q: QTensor) -> QTensor:
     """The weight in the order "weight_only", to be done once when it is loaded.
 
     Codes keep their number of bytes but for zeros at the end of K, which becomes a multiple of what one tile
-    of scales covers (256 for nvfp4, 512 for groups of 32). Scales: see `fragments.arrays`. numpy stays numpy.
+    of scales covers (256 for nvfp4, 512 for groups of 32). Scales: see `arrays`. numpy stays numpy.
 
     Args:
       q: matrices `[*batch, N, K]`.
@@ -160,11 +142,11 @@ def repack(q: QTensor) -> QTensor:
       `q` itself where it needs no other order, has one, or this kernel cannot take it.
     """
     found = block(q.format)
-    if q.order or found is None or _refused(q) is not None:
+    if q.order or found is None or refused(q) is not None:
         return q
     xp, per = _module(q), 8 // q.format.bits
-    K = -(-_width(q) // found.period) * found.period
-    if not found.scale and K == _width(q):
+    K = -(-depth(q) // found.period) * found.period
+    if not found.scale and K == depth(q):
         return q
     codes = _padded(xp, q.codes, K // per)
     if found.scale == "tile":
@@ -190,10 +172,37 @@ def restore(q: QTensor) -> QTensor:
     scales = dict(q.scales)
     for level in ("inner", "zero") if found.scale else ():
         if level in scales:
-            scales[level] = _scales_restored(xp, scales[level], found, _width(q))
+            scales[level] = _scales_restored(xp, scales[level], found, depth(q))
     if "zero" in scales:
         scales["zero"] = scales["zero"].astype(jnp.int8)
-    return dataclasses.replace(q, codes=codes[..., : _width(q) // per], scales=scales, order="")
+    return dataclasses.replace(q, codes=codes[..., : depth(q) // per], scales=scales, order="")
+
+
+def permuted(x: jax.Array, block: Block, k: int) -> jax.Array:
+    """Inputs `[..., K]` in the order in which the fragments have K, padded with zeros to `[..., k]`.
+
+    Args:
+      k: a multiple of `block.period`: what `arrays` of the weight have of K.
+    """
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, k - x.shape[-1])])
+    if block.scale == "tile":  # column, uint16 within its group, code within that
+        parts, order = (COLUMNS, block.group // block.per, block.per), (1, 2, 0)
+    else:  # uint16, code within it
+        parts, order = (COLUMNS, block.per), (1, 0)
+    x = x.reshape(*x.shape[:-1], -1, *parts)
+    lead = x.ndim - len(parts)
+    return x.transpose(*range(lead), *(lead + i for i in order)).reshape(*x.shape[: lead - 1], k)
+
+
+def arrays(q: QTensor) -> tuple[jax.Array, ...]:
+    """What a kernel reads of a weight in the order "weight_only": the refs that `specs` are for.
+
+    Codes `[*batch, N, bytes]`. Scales and zero points (bfloat16) "tile" `[*batch, N / 8, tiles, 128]`, a
+    contiguous tile `[8, 16]` each, "rows" `[*batch, K / group, N]`.
+    """
+    inside = [q.scales[level] for level in ("inner", "zero") if level in q.scales]
+    found = block(q.format)
+    return (q.codes, *inside) if found is not None and found.scale else (q.codes,)
 
 
 def _module(q: QTensor) -> Any:
@@ -242,7 +251,7 @@ def _shifted(mask: int, left: int) -> int:
 
 
 def _scales_in_order(xp: Any, s: Any, found: Block, K: int, N: int) -> Any:
-    """Scales or zero points `[*, N, groups]` as `fragments.arrays` says."""
+    """Scales or zero points `[*, N, groups]` as `arrays` says."""
     if s.dtype == np.int8:
         s = s.astype(jnp.bfloat16)
     if found.element == "e4m3":
@@ -293,7 +302,7 @@ def weight_only(
 def _weight_only(x: jax.Array, q: QTensor, bias: jax.Array | None, dtype: Any, interpret: Any) -> jax.Array:
     found = block(q.format)
     assert found is not None
-    after = _after(q, found)
+    scale = after(q, found)[:, None]
     weight = arrays(repack(q))
     M, K = x.shape[0], weight[0].shape[1] * 8 // q.format.bits
     cut = tiles(M, weight[0].shape[0], K, found)
@@ -301,23 +310,10 @@ def _weight_only(x: jax.Array, q: QTensor, bias: jax.Array | None, dtype: Any, i
         cut = cut._replace(pair=1)  # the interpreter has no clusters
     x = permuted(jnp.pad(x, ((0, -M % cut.m), (0, 0))), found, K)
     parts = sums(cut, found, interpret)(x if interpret is None else x.T, *weight)
-    y = jnp.sum(parts, axis=0)[:, :M] * after
+    y = jnp.sum(parts, axis=0)[:, :M] * scale
     if bias is not None:
         y = y + bias.astype(jnp.float32)[:, None]
     return y.T.astype(dtype)
-
-
-def _after(q: QTensor, found: Block) -> jax.Array:
-    """What multiplies the sums, float32 `[1, 1]` or `[N, 1]`."""
-    if found.scale and "outer" not in q.scales:
-        return jnp.ones((1, 1), jnp.float32)
-    # Of the codes' values nothing is used, so some of any order do.
-    codes = unpack(q.codes[:, :8]) if q.format.bits == 4 else q.codes[:, :1]
-    scales = q.scales
-    if found.scale:
-        scales = {**scales, "inner": jnp.ones((codes.shape[0], 1), scales["inner"].dtype)}
-    after = q.format.factored(codes, scales, q.dtype)[1]
-    return jnp.asarray(after, jnp.float32).reshape(-1, 1) * 2.0**-found.exponent
 
 
 def sums(cut: Tiles, found: Block, interpret: Any = None) -> Callable[..., jax.Array]:
