@@ -45,6 +45,9 @@ def define(verb: str) -> Flags:
     def number(name: str, what: str) -> None:
         flags.DEFINE_integer(name, None, what, flag_values=f)
 
+    def fraction(name: str, default: float | None, what: str) -> None:
+        flags.DEFINE_float(name, default, what, flag_values=f)
+
     flags.DEFINE_boolean("help", False, "show this text", flag_values=f)
     if verb != "recipes":
         text("model", None, "a folder, a hub id, or tiny, the built-in model")
@@ -73,13 +76,13 @@ def define(verb: str) -> Flags:
     if verb == "evaluate":
         text("report", None, "also write the report to this file")
     if verb == "quantize":
-        flags.DEFINE_float("kl_limit", None, "largest mean KL, nats (default: the recipe's)", flag_values=f)
+        fraction("kl_limit", None, "largest mean KL, nats (default: the recipe's)")
         switch("noevaluate", "skip the evaluation")
     if verb == "generate":
         flags.DEFINE_multi_string("prompt", [], "a text to continue; repeatable, one batch", flag_values=f)
         number("max_tokens", "at most so many tokens each (default 32)")
-        flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=f)
-        flags.DEFINE_float("top_p", 1.0, "sample from tokens with this share together", flag_values=f)
+        fraction("temperature", 0.0, "0 takes the likeliest token, without top_p and seed (default 0)")
+        fraction("top_p", 1.0, "sample from the likeliest tokens that together have this share (default 1)")
         number("seed", "of the sampling (default 0)")
         text("revision", None, "of a hub id")
     if verb in ("plan", "inspect", "verify", "recipes", "evaluate", "generate"):

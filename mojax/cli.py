@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe has had enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if code == 130:  # XLA may still compute; an ordinary exit would take its memory away under it
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

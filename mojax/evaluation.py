@@ -124,6 +124,11 @@ def evaluate(
       InputError: the two have different vocabularies, or the tokens do not fit them.
       NotFiniteError: the source's logits hold NaN or infinity. BrokenError: only the quantized model's do.
     """
+    for name, found in (("model", model), ("reference", reference)):
+        if not isinstance(found, Model):
+            raise InputError(f"{name}: found {type(found).__name__}, needed a model of mojax.load")
+    if not hasattr(tokens, "shape"):
+        raise InputError(f"tokens: found {type(tokens).__name__}, needed int32 [sequences, length]")
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise InputError(

@@ -22,7 +22,7 @@ from mojax.tokenizer import Tokenizer, load_tokenizer
 
 LENGTH, SLOTS = 16, 64  # prompts and caches are padded to multiples of these, so that few sizes are compiled
 PAUSE = 0.1  # seconds between two looks at the tokens of a stream, about
-_ADVICE = "give prompts as lists of token ids"
+_ADVICE = "give prompts as lists of token ids, in Python: mojax.run(model).generate([[1, 2]])"
 
 Prompt = str | Sequence[int] | np.ndarray
 Stream = Callable[[list["Text"]], None]
@@ -81,13 +81,13 @@ class Runner:
         Args:
           prompts: texts, or lists of token ids; one or several.
           max_tokens: at most so many tokens each.
-          temperature: 0 is greedy.
+          temperature: 0 is greedy, whatever top_p and seed are.
           top_p: sample from the likeliest tokens that together have this probability.
           seed: the same seed, prompts and device give the same tokens.
-          stream: called with all texts so far, whenever there are new tokens.
+          stream: called with the `Text` of every prompt so far, whenever there are new tokens.
         Raises:
-          InputError: a number out of range, no prompt or an empty one, a token outside the vocabulary, or
-            more tokens than the model has positions. NotFiniteError: logits that hold NaN or infinity.
+          InputError: a number out of range, no prompt, one without tokens, a token outside the vocabulary,
+            or more tokens than the model has positions. NotFiniteError: logits with NaN or infinity.
         """
         _check(max_tokens, temperature, top_p, seed)
         ids = [self._ids(i, p) for i, p in enumerate(_several(prompts))]
@@ -273,6 +273,15 @@ def _count(texts: Sequence[Text]) -> int:
 
 
 def _check(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    for name, value, kind in (
+        ("max_tokens", max_tokens, int | np.integer),
+        ("temperature", temperature, int | float | np.number),
+        ("top_p", top_p, int | float | np.number),
+        ("seed", seed, int | np.integer),
+    ):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            needed = "an integer" if kind == int | np.integer else "a number"
+            raise InputError(f"{name}: {value!r} is not {needed}")
     if max_tokens < 1:
         raise InputError(f"max_tokens: {max_tokens} is not at least 1")
     if not 0 <= temperature < float("inf"):

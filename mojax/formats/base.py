@@ -187,7 +187,14 @@ class Format:
         """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own.
 
         The same bytes inside and outside `jax.jit`. `encode(w)` is `encode_as(w, fit(w))`.
+
+        Raises:
+          InputError: `w` holds integers or nothing, or has a shape that the format cannot encode.
         """
+        if not jnp.issubdtype(w.dtype, jnp.floating) or not w.size:
+            raise InputError(f"{self.label}: found {w.dtype} {w.shape}; floating-point numbers are needed")
+        if reason := self.check(tuple(w.shape)):
+            raise InputError(f"{self.label}: {reason}; the shape is {tuple(w.shape)}")
         return _encode(self, w, outer)
 
     def encode_as(self, w: Array, scales: dict[str, Any]) -> QTensor:
