@@ -62,6 +62,8 @@ def _check(
             f"attend: q {q.shape} and k {tuple(k.shape)} need the same batch and head_dim, and heads that "
             "are a multiple of kv_heads"
         )
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise InputError(f"attend: q is {q.dtype}; floating-point numbers are needed")
     for name, found, needed in (
         ("positions", positions, q.shape[:2]),
         ("key_positions", key_positions, k.shape[:2]),

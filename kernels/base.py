@@ -25,12 +25,18 @@ def weight_of(kernel: str, x: Any, q: QTensor, batch: int | None = None) -> QTen
     """The weight as matrices `[*batch, out, in]`, if inputs `x [..., in]` fit it.
 
     Raises:
-      InputError: `in` differs, or there are not `batch` batch axes (None: any number).
+      InputError: it is not encoded, `in` differs, or there are not `batch` batch axes (None: any number).
     """
+    if not isinstance(q, QTensor):
+        raise InputError(
+            f"{kernel}: the weight is {type(q).__name__}, needed a QTensor, as "
+            "mojax.formats.nvfp4.FORMAT().encode(w) gives"
+        )
     w = matrices(q)
     if batch is not None and len(w.batch) != batch:
         raise InputError(
-            f"{kernel}: the weight has shape {q.shape} with batch axes {q.batch}; needed: {batch}"
+            f"{kernel}: the weight has shape {q.shape} with batch axes {q.batch}; needed: {batch}, as "
+            "mojax.formats.base.encode_leaf(format, w, batch=(0,)) gives"
         )
     if not x.ndim or x.shape[-1] != w.shape[-1]:
         raise InputError(
@@ -86,7 +92,7 @@ def dispatch(
     """Run the first implementation that takes the arguments on the default device.
 
     Args:
-      only: the name of the one to run, whatever the device is; None tries them in order.
+      only: the name of the one to run; None tries them in order.
     Raises:
       InputError: none can take them; the reason of every one. No implementation has that name.
     """
@@ -97,10 +103,10 @@ def dispatch(
     for i in implementations:
         if only not in (None, i.name):
             continue
-        if only is None and i.arch and major not in i.arch:
+        elsewhere = bool(i.arch) and major not in i.arch
+        reason = None if elsewhere and only is None else i.why_not(*args, **options)
+        if reason is None and elsewhere:
             reason = f"is for compute capability {', '.join(f'{a}.x' for a in i.arch)}, not {device_kind()}"
-        else:
-            reason = i.why_not(*args, **options)
         if reason is None:
             with jax.named_scope(f"{op}[{i.name}]"):  # so that programs and profiles say what ran
                 return i.run(*args, **options)

@@ -128,6 +128,8 @@ def quantize(
         `sweep` of another format; x is empty; `implementation` cannot take it.
     """
     x = jnp.asarray(x)
+    if not isinstance(format, Format):
+        raise InputError(f"quantize: format is {format!r}; needed: one such as mojax.formats.nvfp4.FORMAT()")
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise InputError(f"quantize: x is {x.dtype}; needed: bfloat16, float16 or float32")
     reason = format.check(x.shape) if x.ndim else "a scalar has no axis to run along"

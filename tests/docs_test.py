@@ -137,6 +137,13 @@ def test_the_python_runs(tmp_path, monkeypatch):
     assert cli.run(shlex.split(shell)[1:]) == 0
 
 
+def test_kernels_are_used_as_pasted():
+    (code,) = blocks((ROOT / "docs" / "kernels.md").read_text(), "python")
+    made = {}
+    exec(code, made)
+    assert made["y"].shape == (4, 128) and jnp.isfinite(made["y"]).all()
+
+
 def test_any_function_is_covered_as_pasted(tmp_path, capsys):
     *_, code = blocks(README, "python")
     (tmp_path / "mlp.py").write_text(code)
