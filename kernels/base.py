@@ -128,11 +128,16 @@ def pallas(name: str, arch: tuple[int, ...], file: str, run: str, why_not: str =
 
 def compute_capability() -> int | None:
     """The major number of the default device's CUDA compute capability; None where it is no such GPU."""
-    found = str(getattr(jax.devices()[0], "compute_capability", ""))
+    found = str(getattr(_device(), "compute_capability", ""))
     major = found.partition(".")[0]
     return int(major) if major.isdigit() else None
 
 
 def device_kind() -> str:
     """The default device in words."""
-    return jax.devices()[0].device_kind
+    return _device().device_kind
+
+
+def _device() -> Any:
+    chosen = jax.config.jax_default_device  # a device, the name of a platform, or None
+    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]

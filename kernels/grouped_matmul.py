@@ -43,7 +43,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """`x [rows, in]` times `w [groups, out, in]`, summed in float32, as `dtype [rows, out]`.
 
-    Differentiable in `x`, and in `w` where it is an array.
+    Differentiable in `x`, and in `w` where it is an array; the gradient passes straight through the rounding
+    of `x`.
 
     Args:
       sizes: int32 `[groups]`. The first `sizes[0]` rows meet matrix 0, the next `sizes[1]` matrix 1, and so
@@ -67,30 +68,35 @@ def grouped_matmul(
             f"{w.shape[:1]}"
         )
     sizes = sizes.astype(jnp.int32)
+    inputs = inputs if x.size else None  # a maximum of nothing does not exist
+    return _grouped(x, w, sizes, outer, np.dtype(dtype), inputs, implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _grouped(
+    x: jax.Array, w: Any, sizes: jax.Array, outer: Any, dtype: np.dtype, inputs: Any, only: str | None
+) -> jax.Array:
+    run = partial(dispatch, "grouped_matmul", IMPLEMENTATIONS, only=only)
     if inputs is None:
-        return _grouped(x, w, sizes, np.dtype(dtype), implementation)
+        return run(x, w, sizes, dtype=dtype)
     x, after = rounded(x, inputs, outer)
-    y = jnp.asarray(_grouped(x, w, sizes, np.dtype(np.float32), implementation))
+    y = run(x, w, sizes, dtype=np.dtype(np.float32))
     return (y if after is None else y * after).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped(x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype, only: str | None) -> jax.Array:
-    return dispatch("grouped_matmul", IMPLEMENTATIONS, x, w, sizes, dtype=dtype, only=only)
-
-
 def _forward(
-    x: jax.Array, w: Any, sizes: jax.Array, dtype: np.dtype, only: str | None
-) -> tuple[jax.Array, Any]:
-    return _grouped(x, w, sizes, dtype, only), (x, w, sizes)
+    x: jax.Array, w: Any, sizes: jax.Array, outer: Any, *how: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _grouped(x, w, sizes, outer, *how), (x, w, sizes, outer)
 
 
-def _backward(dtype: np.dtype, only: str | None, kept: Any, dy: jax.Array) -> tuple[Any, Any, None]:
-    x, w, sizes = kept
+def _backward(dtype: np.dtype, inputs: Format | None, only: str | None, kept: Any, dy: jax.Array) -> tuple:
+    x, w, sizes, outer = kept
+    x = x if inputs is None else jnp.asarray(inputs.fake(x, outer))
     if isinstance(w, QTensor):  # codes have no gradient
         dx = jax.vjp(lambda x: _ragged(x, w, sizes, dtype=dtype), x)[1](dy)[0]
-        return dx, jax.tree.map(_no_gradient, w), None
-    return *jax.vjp(lambda x, w: _ragged(x, w, sizes, dtype=dtype), x, w)[1](dy), None
+        return dx, jax.tree.map(_no_gradient, w), None, None
+    return *jax.vjp(lambda x, w: _ragged(x, w, sizes, dtype=dtype), x, w)[1](dy), None, None
 
 
 def _no_gradient(a: Any) -> Any:

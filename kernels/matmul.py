@@ -4,6 +4,7 @@ hopper weight-only     codes become bfloat16 in registers, wgmma        kernels/
 hopper 8-bit           FP8 x FP8 and INT8 x INT8, wgmma                 kernels/gpu/scaled.py
 blackwell block-scaled NVFP4, MXFP4, MXFP8, tcgen05 (lowered, never run) kernels/gpu/block_scaled.py
 cudnn block-scaled     NVFP4, MXFP8 by jax.nn.scaled_matmul             kernels/gpu/cudnn_scaled.py
+xla per block          FP8 per block on both sides; every device        kernels/scaled.py
 xla                    codes times inner scales in a dot; every device  kernels/product.py
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mojax.errors import InputError
 from mojax.formats.base import Array, Format, QTensor
@@ -38,6 +40,7 @@ def matmul(
     """`x [*batch, ..., in]` times `q [*batch, out, in]`, summed in float32, as `dtype [*batch, ..., out]`.
 
     A leaf of another layout is taken as its matrices: `out` and `in` are their axes in ascending order.
+    Differentiable in `x` and `bias`; the gradient passes straight through the rounding of `x`.
 
     Args:
       bias: `[out]`, added before rounding to `dtype`.
@@ -45,8 +48,8 @@ def matmul(
       outer: the static scale of `inputs`, float32 `[]`; None is that of `x` at hand.
       implementation: the name of one (above); None is the first that takes the arguments on this device.
     Raises:
-      InputError: `in` or the batch axes of inputs and weight differ, or no implementation takes these; the
-        message has the reason of each.
+      InputError: `in` or the batch axes of inputs and weight differ, bias, inputs or outer are not as above,
+        or no implementation takes these; the message has the reason of each.
     """
     x = jnp.asarray(x)
     w = weight_of("matmul", x, q)
@@ -57,11 +60,35 @@ def matmul(
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(f"matmul: inputs are {x.dtype}; floating-point numbers are needed")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"matmul: the result is {jnp.dtype(dtype)}; a floating-point dtype is needed")
+    if not isinstance(inputs, Format | None):
+        raise InputError(f"matmul: inputs is {inputs!r}; needed: a format, mojax.formats.nvfp4.FORMAT()")
+    if outer is not None and (inputs is None or jnp.shape(outer)):
+        raise InputError(f"matmul: outer {jnp.shape(outer)} is the scale [] of inputs, which are {inputs}")
     rows = x if n else x.reshape(-1, x.shape[-1])
+    inputs = inputs if rows.size else None  # a maximum of nothing does not exist
     bias = None if bias is None else jnp.asarray(bias)
-    how = {"dtype": jnp.dtype(dtype), "bias": bias, "inputs": inputs, "outer": outer}
-    y = dispatch("matmul", IMPLEMENTATIONS, rows, w, only=implementation, **how)
+    if bias is not None and bias.shape != (w.shape[-2],):
+        raise InputError(f"matmul: bias {bias.shape} is not [out]; weight {w.shape} needs ({w.shape[-2]},)")
+    y = _product(rows, w, bias, outer, jnp.dtype(dtype), inputs, implementation)
     return y if n else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def _product(
+    x: jax.Array, w: QTensor, bias: Any, outer: Any, dtype: np.dtype, inputs: Format | None, only: str | None
+) -> jax.Array:
+    how = {"dtype": dtype, "bias": bias, "inputs": inputs, "outer": outer}
+    return dispatch("matmul", IMPLEMENTATIONS, x, w, only=only, **how)
+
+
+@_product.defjvp
+def _(dtype: np.dtype, inputs: Any, only: Any, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """A product by codes has no derivative of its own: of a GPU's kernel, or of rounded inputs."""
+    (_, w, bias, _), (dx, _, dbias, _) = primals, tangents
+    dbias = None if bias is None else dbias
+    return _product(*primals, dtype, inputs, only), _xla(dx, w, dtype=dtype, bias=dbias)
 
 
 def _xla(

@@ -13,7 +13,7 @@ def names(room: str) -> tuple[str, ...]:
     """The files of a room (`formats`, `models`, `transforms`, `converters`, `kernels`), `base` excepted."""
     package = importlib.import_module(f"mojax.{room}")
     # what the files of a room have in common
-    shared = {"base", "gpu", "layers", "leaf", "numerics", "product", "rows"}
+    shared = {"base", "gpu", "hadamard_matrices", "layers", "leaf", "numerics", "product", "rows"}
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in shared))
 
 

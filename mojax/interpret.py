@@ -50,10 +50,10 @@ class Place(NamedTuple):
       paired: the axes of `x` that meet axes of the parameter with a matrix per entry, in the order of those.
       groups: of a ragged_dot, int32 `[groups]`, the rows of `x` in each group; else None.
       at: where the parameter is one of `stacks`, the indices of the row that is read here; else ().
-      packed: the parameter is a QTensor, which a kernel reads.
+      rounds: the parameter is a QTensor, and the kernel that reads it here can round `x` itself.
       run: `run(x=None, w=None, rounding=None)` is the result of the operation, with another input and with
-        another value of the whole parameter (of its row inside a scan) if given. `rounding` is for a packed
-        parameter: how its kernel rounds `x` first, a `mojax.packed.Inputs`.
+        another value of the whole parameter (of its row inside a scan) if given. `rounding`, where `rounds`
+        is true, is how the kernel rounds `x` first: a `mojax.packed.Inputs`.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Place(NamedTuple):
     paired: tuple[int, ...]
     groups: jax.Array | None
     at: tuple[Any, ...]
-    packed: bool
+    rounds: bool
     run: Callable[..., jax.Array]
 
 
@@ -280,8 +280,8 @@ class Walk:
         groups = None if rule.groups is None else inputs[rule.groups]
         pairs = sorted(zip(dims.batch, dims.paired, strict=True), key=lambda p: leaf.view.order(p[0]))
         paired = tuple(d for _, d in pairs if d is not None)
-        is_packed = isinstance(self.value(leaf.base), QTensor)
-        place = Place(leaf.base.name, rule.op, full, axes, paired, groups, leaf.at, is_packed, run)
+        rounds = isinstance(self.value(leaf.base), QTensor) and packed.rounds(rule)
+        place = Place(leaf.base.name, rule.op, full, axes, paired, groups, leaf.at, rounds, run)
         met = leaf.view.root_axes(dims.batch)  # a tap has these after those of the scans
         ahead = all(a > s.over.axis for a in met for s in leaf.scans)
         y, taps = self.visit(place, eqn, path, leaf if ahead else dataclasses.replace(leaf, scans=()))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import checkpoint, experts, find, trace
+from mojax.compile import jit
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
 from mojax.header import Entry
@@ -179,9 +180,22 @@ def dequantized(model: Model) -> Model:
 
     def read(name: str) -> Any:
         leaf = model.params[name]
-        return decoded(leaf) if isinstance(leaf, QTensor) else leaf
+        return decode(leaf) if isinstance(leaf, QTensor) else leaf
 
     return dataclasses.replace(model, params=Decoded({n: functools.partial(read, n) for n in model.params}))
+
+
+@jit()
+def decode(q: QTensor) -> jax.Array:
+    """`decoded`, one expert at a time: float32 of a whole stack would be twice the layer."""
+
+    def whole(q: QTensor) -> jax.Array:
+        if not q.batch:
+            return decoded(q)
+        stack = jax.lax.map(lambda i: whole(q.row(i)), jnp.arange(q.shape[q.batch[0]]))
+        return jnp.moveaxis(stack, 0, q.batch[0])
+
+    return whole(q)
 
 
 def wide(entry: Entry) -> bool:

@@ -28,7 +28,6 @@ from mojax.structure.graph import meeting
 from mojax.view import Atom, View
 
 KNOWN = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")  # primitives with kernels
-ROUNDS = ("dot", "ragged_dot")  # operations whose kernels round inputs
 
 
 class Inputs(NamedTuple):
@@ -36,6 +35,11 @@ class Inputs(NamedTuple):
 
     inputs: Format
     outer: Any = None
+
+
+def rounds(rule: Dot) -> bool:
+    """Whether the kernel of an operation can round its inputs; one of the user's own gets them rounded."""
+    return rule.kernel is None and rule.op in ("dot", "ragged_dot")
 
 
 def run(
@@ -57,13 +61,11 @@ def run(
       params, out: of the equation, and what it gives (shape and dtype).
       dims, side: which axes meet, and which operand the parameter is.
       others: its operands after the first two.
-      rounding: what a dot or a ragged dot rounds `x` to.
+      rounding: what `x` is rounded to, where the kernel of `rule` `rounds`.
     Raises:
       InputError: no kernel takes this.
     """
     q = leaf.base.value
-    if rounding is not None and (rule.kernel is not None or rule.op not in ROUNDS):
-        _refuse(leaf, q, f"meets {name}, whose kernel rounds no inputs")
     if rule.kernel is not None:
         _unmoved(leaf, q)
         y = rule.kernel(x, q, params)

@@ -13,7 +13,7 @@ from jax import lax
 from mojax.formats.base import Format, encode_leaf
 from mojax.interpret import Place
 from mojax.kernels.base import decoded
-from mojax.packed import ROUNDS, Inputs
+from mojax.packed import Inputs
 
 
 @jax.custom_jvp
@@ -67,16 +67,21 @@ def rounded(format: Format, place: Place, amax: Any = None) -> jax.Array:
     Args:
       amax: as for `round_input`.
     """
-    if not place.packed or place.op not in ROUNDS or (amax is not None and np.ndim(amax)):
+    top = None if amax is None or not format.static else _of_row(amax, place)
+    if not place.rounds or (top is not None and top.ndim):  # a kernel takes one scale for all matrices
         return place.run(x=round_input(format, place, amax))
-    outer = None if amax is None or not format.static else format.outer(amax, place.x.dtype)
-    return place.run(rounding=Inputs(format, outer))
+    return place.run(rounding=Inputs(format, None if top is None else format.outer(top, place.x.dtype)))
+
+
+def _of_row(amax: Any, place: Place) -> jax.Array:
+    """The maxima, float32, of the row of a stack that is read here."""
+    amax = jnp.asarray(amax, jnp.float32)
+    return lax.stop_gradient(amax[place.at[: amax.ndim]])
 
 
 def _under(format: Format, rows: jax.Array, amax: Any, place: Place) -> jax.Array:
     """`rows [*paired, ..., in]` under the maxima of their own matrices."""
-    amax = jnp.asarray(amax, jnp.float32)
-    top = lax.stop_gradient(amax[place.at[: amax.ndim]])
+    top = _of_row(amax, place)
 
     def fake(x: jax.Array, top: jax.Array) -> Any:
         return format.fake(x, format.outer(top, x.dtype))

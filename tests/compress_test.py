@@ -158,8 +158,21 @@ def test_gradients_are_straight_through(fn, hand, shapes):
     (value, grads), (wanted, by_hand) = loss(fake.apply)(p, x), loss(hand)(p, x)
     close(value, wanted, 1e-5)
     close(grads, by_hand, 2e-5)
+    packed = mojax.quantize(mojax.from_function(fn, p, x), INT4_BLOCKS)
+    close(jax.jit(jax.grad(lambda x: (packed(x) ** 2).sum()))(x), by_hand[1], 2e-5)
     exact = loss(fn)(p, x)[1]
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, (grads, exact)), strict=True))
+
+
+def test_layers_of_a_scan_multiply_codes_under_static_scales_of_their_own():
+    p, x = {"w": zoo.floats(3, 16, 16, scale=0.4)}, zoo.floats(5, 16, seed=9)
+    model = mojax.from_function(scanned, p, x)
+    static = everything({"format": "int8"}, {"format": "int8", "per": "tensor"})
+    stats = mojax.calibrate(model, static, [x])
+    packed, fake = (make(model, static, stats=stats) for make in (mojax.quantize, mojax.fake_quant))
+    close(packed(x), fake(x), 1e-5)
+    (product,) = (line for line in str(jax.make_jaxpr(packed)(x)).splitlines() if " dot_general[" in line)
+    assert product.strip().split(":")[1].startswith("i32")
 
 
 def test_rematerialised_layers_stay_so_and_train():

@@ -135,6 +135,8 @@ def test_a_primitive_of_the_users_own():
     fake = mojax.fake_quant(model, "int8")
     assert 0 < np.abs(fake(X) - model(X)).max() < 0.1
     np.testing.assert_allclose(mojax.quantize(model, "int8")(X), fake(X), rtol=1e-5, atol=1e-5)
+    rounded = mojax.quantize(model, "fp8_dynamic")(X)  # inputs are rounded before they meet that kernel
+    np.testing.assert_allclose(rounded, mojax.fake_quant(model, "fp8_dynamic")(X), rtol=1e-5, atol=1e-5)
     without = mojax.from_function(fn, p, X, rules={"times_for_test": Dot("dot", dims)})
     with pytest.raises(
         mojax.PlanError, match=r"w: is packed .* meets times_for_test, whose rule has no kernel"

@@ -12,6 +12,8 @@ from family_cases import MISSING, raw
 from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 from mojax.find import find
+from mojax.formats.nvfp4 import FORMAT as NVFP4
+from mojax.model import decode
 from mojax.models import layers
 
 
@@ -199,3 +201,9 @@ def test_shares_are_rounded_where_transformers_rounds_them(family):
     shares, _ = layers.route(p, e, jnp.asarray(x, jnp.bfloat16))
     assert shares.dtype == jnp.float32
     np.testing.assert_allclose(shares, theirs.float().numpy(), rtol=1e-6)
+
+
+def test_a_stack_is_decoded_expert_by_expert():
+    q = NVFP4().spec((16, 256, 512), np.dtype(jnp.bfloat16), (2,), (0,))
+    analysis = decode.lower(q).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < analysis.output_size_in_bytes / 4

@@ -69,6 +69,54 @@ def test_inputs_and_weight_of_two_dtypes_meet_in_float32(dtypes):
     close(matmul(x, q, dtype=np.float32), x.astype(np.float64) @ value(q).T)
 
 
+INPUTS = [("nvfp4", {}), ("int8", {"per": "token"}), ("int8", {"per": "tensor"}), ("fp8", {"per": "block"})]
+
+
+@pytest.mark.parametrize(("name", "options"), INPUTS, ids=str)
+def test_gradients_pass_through_the_rounding_of_inputs(name, options):
+    inputs, q = make(name, **options), encoded(FORMAT, gauss((8, 64), dtype=BF16))
+    x, dy, bias = gauss((5, 64), seed=1, dtype=BF16), gauss((5, 8), seed=2), gauss((8,), seed=3)
+
+    def run(x, bias):
+        return jnp.vdot(matmul(x, q, dtype=jnp.float32, bias=bias, inputs=inputs), dy)
+
+    dx, dbias = jax.jit(jax.grad(run, (0, 1)))(x, bias)
+    close(dx, dy.astype(np.float64) @ value(q), BF16)
+    close(dbias, dy.sum(0, dtype=np.float64))
+    tangent = jax.jvp(functools.partial(run, bias=bias), (x,), (x,))[1]
+    np.testing.assert_allclose(tangent, (x.astype(np.float64) @ value(q).T * dy).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), INPUTS, ids=str)
+def test_gradients_of_groups_pass_through_the_rounding_of_inputs(name, options):
+    inputs, sizes = make(name, **options), np.array([4, 0, 3], np.int32)
+    x, w, dy = gauss((9, 64), seed=1), gauss((3, 8, 64)), gauss((9, 8), seed=2)
+
+    def run(x, w):
+        return jnp.vdot(grouped_matmul(x, w, sizes, dtype=jnp.float32, inputs=inputs), dy)
+
+    seen = np.asarray(inputs.fake(x)).astype(np.float64)
+    groups = ((np.s_[0:4], 0), (np.s_[4:7], 2))
+    dx, dw = np.zeros(x.shape), np.zeros(w.shape)
+    for rows, i in groups:
+        dx[rows], dw[i] = dy[rows].astype(np.float64) @ w[i], dy[rows].T.astype(np.float64) @ seen[rows]
+    got = jax.jit(jax.grad(run, (0, 1)))(x, w)
+    close(got[0], dx)
+    close(got[1], dw)
+    q = encode_leaf(FORMAT, w, (2,), (0,))
+    for rows, i in groups:
+        dx[rows] = dy[rows].astype(np.float64) @ decoded(q)[i]
+    close(jax.jit(jax.grad(lambda x: run(x, q)))(x), dx)
+
+
+@pytest.mark.parametrize(("name", "options"), INPUTS, ids=str)
+def test_no_inputs_are_no_outputs(name, options):
+    how = {"dtype": jnp.float32, "inputs": make(name, **options)}
+    assert matmul(jnp.zeros((0, 32)), plain(), **how).shape == (0, 4)
+    assert matmul(jnp.zeros((3, 0, 32)), experts(), **how).shape == (3, 0, 4)
+    assert grouped_matmul(jnp.zeros((0, 32)), experts(), jnp.zeros(3, jnp.int32), **how).shape == (0, 4)
+
+
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(batch=st.lists(st.integers(1, 3), max_size=2), rest=st.lists(st.integers(1, 3), max_size=2))
 def test_matmul_in_batches(batch, rest):
@@ -164,6 +212,10 @@ def experts():
     ("call", "message"),
     [
         (lambda: matmul(X, plain(), dtype=X.dtype), r"matmul: inputs \(2, 64\) and weight \(4, 32\) differ"),
+        (
+            lambda: matmul(X[:, :32], plain(), bias=X[0, :1], dtype=X.dtype),
+            r"matmul: bias \(1,\) is not \[out\]; weight \(4, 32\) needs \(4,\)",
+        ),
         (
             lambda: matmul(gauss((2, 5, 32)), experts(), dtype=X.dtype),
             r"matmul: inputs \(2, 5, 32\) do not begin with the batch \(3,\) of weight \(3, 4, 32\)",
