@@ -241,13 +241,7 @@ def static_outer(format: Format, module: str, amax: Any, dtype: Any) -> np.ndarr
     top = np.asarray(amax, np.float32).reshape(())
     if format.as_read and top == 0:
         return top
-    outer = np.asarray(format.outer(top, np.dtype(dtype)), np.float32).reshape(())
-    if not format.as_read:
-        return outer
-    with np.errstate(over="ignore"):
-        whole = outer.astype(dtype).astype(np.float32)
-    # A scale that the file held in the checkpoint's dtype may come back from its maximum a unit off.
-    return np.where(np.abs(whole - outer) <= 4 * np.spacing(outer), whole, outer)
+    return np.asarray(format.outer(top, np.dtype(dtype)), np.float32).reshape(())
 
 
 def nibbles(codes: np.ndarray) -> np.ndarray:

@@ -139,5 +139,5 @@ def device_kind() -> str:
 
 
 def _device() -> Any:
-    chosen = jax.config.jax_default_device  # a device, the name of a platform, or None
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, a platform or None
     return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mojax import cli, conversion, evaluation, find, model, pipeline, verify
+from mojax import calibration, cli, conversion, evaluation, find, model, pipeline, text, verify
 from mojax.checkpoint import open_checkpoint, write_shard
 from mojax.errors import InputError, PlanError
 from mojax.formats import fp8, int4, nvfp4
@@ -166,19 +166,36 @@ def test_a_writers_error_does_not_read_the_whole_source(tmp_path, monkeypatch, c
 
 
 def overflowing(folder):
-    """The built-in model in float16, with a weight that its FP8 encoding rounds up to infinity.
+    """The built-in model in float16, with one output just below the largest number, that FP8 rounds up.
 
-    The input of that weight is zero: the source's logits are finite, 0 x infinity is not.
+    Its weights are 273 / 448 of the largest of the row, whose input is zero; E4M3 makes that 288 / 448.
     """
     shutil.copytree(TINY, folder)
     files = open_checkpoint(TINY)
     tensors = {n: np.asarray(files[n]).astype(np.float16) for n in files}
     tensors["model.layers.1.mlp.up_proj.weight"][5] = 0
-    tensors["model.layers.1.mlp.down_proj.weight"][:, 5] = 65504
-    write_shard(folder / "model.safetensors", tensors)
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(config))
+    down[0] = 0
+    without = written(folder, tensors)
+    down[0] = 1
+    sums = np.abs(written(folder, tensors)[..., 0] - without[..., 0]).max()
+    down[0] = 64000 / sums
+    down[0, 5] = 64000 / sums * 448 / 273
+    written(folder, tensors)
     return folder
+
+
+def written(folder, tensors):
+    """What the second block gives for the evaluation text, once these tensors are the model's."""
+    write_shard(folder / "model.safetensors", tensors)
+    read = model.load(folder)
+    ids = text.tokens("builtin", folder, sequences=2, length=32, purpose="evaluation").ids
+    xs = calibration.start(read, ids)
+    for block in read.blocks[:2]:
+        xs = evaluation.through(read, block, xs)
+    return np.concatenate([np.asarray(x, np.float32) for x in xs])
 
 
 def test_a_quantized_model_without_finite_logits_is_rejected(tmp_path, capsys, monkeypatch):
