@@ -547,3 +547,17 @@ def test_a_closed_pipe_is_no_error():
     line = f"{shlex.quote(sys.executable)} -m mojax recipes | head -n 1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("recipe")
+
+
+def test_an_interrupt_ends_generation_quietly(tmp_path):
+    """While XLA computes, an ordinary exit of Python takes its memory away and crashes."""
+    child = start(
+        ["generate", "--model=tiny", "--prompt=import os", "--max_tokens=250"],
+        tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None and child.stdout.read(1)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "")
