@@ -51,15 +51,20 @@ def same_dtype(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x.astype(dtype), w.astype(dtype)
 
 
-def prepared(q: QTensor, inputs: Format | None = None) -> QTensor:
-    """The weight in the order that this device's kernel reads fastest; made once, when a model is loaded.
+def prepared(q: QTensor, inputs: Format | None = None, major: int | None = None) -> QTensor:
+    """The weight in the order that a device's kernel reads fastest; made once, when a model is loaded.
 
     Args:
       inputs: the format that inputs will be rounded to, None for none.
+      major: of the device's compute capability; None is that of the default device.
     """
-    file = {9: None if inputs else "weight_only", 10: "scaled_operands" if inputs else None}
-    name = file.get(compute_capability() or 0)
-    return q if name is None else importlib.import_module(f"mojax.kernels.gpu.{name}").repack(q)
+    major = major or compute_capability()
+    if major == 9 and inputs is None:
+        return importlib.import_module("mojax.kernels.gpu.weight_only").repack(q)
+    if major == 10 and inputs is not None:
+        kernel = importlib.import_module("mojax.kernels.gpu.scaled_operands")
+        return kernel.repack(q) if kernel.repacks(q) else q
+    return q
 
 
 def in_file_order(q: QTensor) -> QTensor:

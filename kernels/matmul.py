@@ -23,6 +23,7 @@ from mojax.formats.fp8 import FP8
 from mojax.kernels import scaled
 from mojax.kernels.base import Implementation, dispatch, in_file_order, pallas, weight_of
 from mojax.kernels.product import FEWEST, factors, multiply, rounded
+from mojax.kernels.quantize import quantize
 
 _GROUP = 128  # inputs under one scale where FP8 is "per block"
 
@@ -120,8 +121,6 @@ def _not_per_block(x: jax.Array, w: QTensor, *, inputs: Any, **_: Any) -> str | 
 
 def _encoded(x: jax.Array, inputs: Format, outer: Any) -> QTensor:
     """Inputs `[rows, in]` as a kernel of codes takes them."""
-    from mojax.kernels.quantize import quantize
-
     if isinstance(inputs, FP8) and inputs.per == "block":
         x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % _GROUP)]).reshape(len(x), -1, _GROUP)
         inputs = FP8("token", arithmetic=inputs.arithmetic)

@@ -37,13 +37,11 @@ from mojax.kernels.gpu.fragments import (
     Block,
     after,
     block,
-    depth,
     inputs_spec,
     multiply,
-    refused,
     specs,
 )
-from mojax.kernels.gpu.weight_only import DTYPES, ORDER, SHARED, SMS, arrays, permuted, repack
+from mojax.kernels.gpu.weight_only import SHARED, SMS, arrays, permuted, repack, unfit
 
 _INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # before jax 0.11
 LINE = 8  # rows of the inputs that lie together in shared memory
@@ -179,21 +177,11 @@ def why_not(x: Any, q: QTensor, sizes: Any, *, dtype: Any, interpret: Any = None
     """Why `grouped` cannot take these arguments, in one clause, or None."""
     if x.ndim != 2:
         return f"inputs have shape {x.shape}, not [rows, K]"
-    if x.dtype != jnp.bfloat16:
-        return f"inputs are {x.dtype}, not bfloat16"
-    if jnp.dtype(dtype) not in DTYPES:
-        return f"the result is {jnp.dtype(dtype)}, not bfloat16, float16 or float32"
-    if q.order not in ("", ORDER):
-        return f"the weight's codes are in the order {q.order!r}"
     if len(q.codes.shape) != 3:
         return f"the weight has batch axes {q.batch}, not one"
     if sizes.shape != q.codes.shape[:1] or sizes.dtype != jnp.int32:
         return f"sizes are {sizes.dtype} {sizes.shape}, not int32 {q.codes.shape[:1]}"
-    if (reason := refused(q)) is not None:
-        return reason
-    if x.shape[1] != depth(q):
-        return f"inputs {x.shape} and a weight of K = {depth(q)} do not fit"
-    return None
+    return unfit(x, q, dtype)
 
 
 def grouped(

@@ -119,6 +119,11 @@ def scale_rows(tiles: jax.Array) -> jax.Array:
     return tiles.reshape(n, m, 32, 4, 4).transpose(0, 3, 2, 1, 4).reshape(128 * n, 4 * m)
 
 
+def repacks(q: QTensor) -> bool:
+    """Whether `block_scaled` takes this weight, and it is as files keep it."""
+    return _odd(q) is None and not q.order and all(n and n % 128 == 0 for n in matrix(q))
+
+
 def repack(q: QTensor) -> QTensor:
     """A weight `[N, K]` whose scales are arranged for the kernel; once, where it is loaded.
 

@@ -113,20 +113,25 @@ def why_not(x: Any, q: QTensor, *, dtype: Any, bias: Any = None, interpret: Any 
     """Why `weight_only` cannot take these arguments, in one clause, or None."""
     if x.ndim != 2 or not x.shape[0]:
         return f"inputs have shape {x.shape}, not [M, K]"
+    if len(q.codes.shape) != 2:
+        return f"the weight has batch axes {q.batch}"
+    if bias is not None and bias.shape != (q.codes.shape[0],):
+        return f"bias has shape {bias.shape}, not {(q.codes.shape[0],)}"
+    return unfit(x, q, dtype)
+
+
+def unfit(x: Any, q: QTensor, dtype: Any) -> str | None:
+    """Why inputs `[rows, K]` and a weight `[..., N, K]` cannot be multiplied in registers, or None."""
     if x.dtype != jnp.bfloat16:
         return f"inputs are {x.dtype}, not bfloat16"
     if jnp.dtype(dtype) not in DTYPES:
         return f"the result is {jnp.dtype(dtype)}, not bfloat16, float16 or float32"
     if q.order not in ("", ORDER):
         return f"the weight's codes are in the order {q.order!r}"
-    if len(q.codes.shape) != 2:
-        return f"the weight has batch axes {q.batch}"
     if (reason := refused(q)) is not None:
         return reason
     if x.shape[1] != depth(q):
         return f"inputs {x.shape} and a weight of K = {depth(q)} do not fit"
-    if bias is not None and bias.shape != (q.codes.shape[0],):
-        return f"bias has shape {bias.shape}, not {(q.codes.shape[0],)}"
     return None
 
 

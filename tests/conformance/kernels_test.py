@@ -15,6 +15,7 @@ from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.find import names
 from mojax.formats.base import encode_leaf
+from mojax.kernels.base import in_file_order, prepared
 from mojax.kernels.conv import conv
 from mojax.kernels.grouped_matmul import grouped_matmul
 from mojax.kernels.matmul import matmul
@@ -115,6 +116,19 @@ def test_no_inputs_are_no_outputs(name, options):
     assert matmul(jnp.zeros((0, 32)), plain(), **how).shape == (0, 4)
     assert matmul(jnp.zeros((3, 0, 32)), experts(), **how).shape == (3, 0, 4)
     assert grouped_matmul(jnp.zeros((0, 32)), experts(), jnp.zeros(3, jnp.int32), **how).shape == (0, 4)
+
+
+@each_format
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize("shape", [(128, 256), (96, 256), (2, 128, 256)], ids=str)
+def test_a_prepared_weight_goes_back_to_the_order_of_files(format, major, shape):
+    """Whatever a recipe encodes can be prepared for any device, also what its kernel does not take."""
+    q = encode_leaf(format, gauss(shape, dtype=BF16), (len(shape) - 1,), tuple(range(len(shape) - 2)))
+    for inputs in (None, format):
+        back = in_file_order(prepared(q, inputs, major))
+        assert jax.tree.structure(back) == jax.tree.structure(q)
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(q), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
