@@ -5,7 +5,7 @@ A dialect is a file here that says how one family of servers names and stores en
   DIALECT, ARITHMETIC, WRITES, METHODS    its name, whose rounding, whether we write it, its `quant_method`s
   SUFFIXES                                endings of tensors that exist only beside an encoded module
   parse, read, read_cache                 config.json and tensors -> schemes, QTensors, calibrated maxima
-  check, config, layout, write, write_cache     the way back
+  check, check_cache, config, layout, write, write_cache     the way back
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mojax import find
+from mojax.cache import Cache
 from mojax.errors import InputError, nearest
+from mojax.formats import fp8
 from mojax.formats.base import Arithmetic, Format, Scheme
 
 Get = Callable[[str], np.ndarray]
@@ -31,12 +33,12 @@ class Parsed(NamedTuple):
 
     Attributes:
       schemes: of every encoded module.
-      cache: the format of the KV cache, or None.
+      cache: how the key/value cache is kept; None: as it is.
       ignore: full names of Linear modules that are as they were (also ones without a tensor of their own).
     """
 
     schemes: dict[str, Scheme]
-    cache: Format | None
+    cache: Cache | None
     ignore: tuple[str, ...]
 
 
@@ -82,9 +84,20 @@ def dialect(config: Mapping[str, Any], files: Collection[str]) -> ModuleType | N
     return methods[method]
 
 
+def varies(dialect: ModuleType) -> tuple[str, ...]:
+    """Endings of tensors whose size or dtype is the writer's choice."""
+    return getattr(dialect, "VARIES", ())
+
+
 def plain(format: Format | None) -> Format | None:
     """The format without what converters set, to compare what it is."""
     return format and dataclasses.replace(format, arithmetic="float32", as_read=False)
+
+
+def plain_scheme(scheme: Scheme) -> Scheme:
+    """The scheme with `plain` formats."""
+    weights, inputs, hadamard = scheme
+    return Scheme(plain(weights) or weights, plain(inputs), hadamard)
 
 
 def as_read(format: Format | None, arithmetic: Arithmetic) -> Format | None:
@@ -104,7 +117,24 @@ def kind(format: Format | None) -> str:
 def label(scheme: Scheme) -> str:
     """`fp8 channel weights with fp8 token inputs`: a scheme in a message."""
     inputs = f" with {kind(scheme.inputs)} inputs" if scheme.inputs else " with inputs as they are"
-    return f"{kind(scheme.weights)} weights{inputs}"
+    turned = f" rotated by hadamard {scheme.hadamard}" if scheme.hadamard else ""
+    return f"{kind(scheme.weights)} weights{inputs}{turned}"
+
+
+def rotation_refusal(dialect: str, scheme: Scheme, target: str, able: Collection[str] = ()) -> str | None:
+    """Why `target` cannot run linears whose inputs are rotated; None when it can, or there is no rotation.
+
+    Args:
+      able: targets that can; empty for a dialect that has no word for it.
+    """
+    if not scheme.hadamard or target in able:
+        return None
+    why = "ignores rotations and would compute nonsense" if able else "cannot be told of them"
+    use = "--target=vllm" if able else "--format=compressed-tensors --target=vllm"
+    return (
+        f"{target} cannot load {label(scheme)} in the {dialect} dialect: it {why} there; use {use}, or leave "
+        "out hadamard"
+    )
 
 
 def refusal(
@@ -133,6 +163,72 @@ def refusal(
         f"it has no loader for this pair; use {others or 'another recipe: no server loads it so'}"
     )
     return f"{target} cannot load {label(scheme)} in the {dialect} dialect: {reason}"
+
+
+def cache_kind(cache: Cache) -> str:
+    """`fp8`, `fp8 per head`, `nvfp4`: what servers tell apart; those of none have a longer name."""
+    return dataclasses.replace(cache, cast=False).label
+
+
+def cache_refusal(
+    dialect: str, cache: Cache, target: str, loads: Mapping[str, Collection[str]], others: Mapping[str, str]
+) -> str | None:
+    """Why `target` cannot load a cache, from a dialect's table of who loads what; None when it can.
+
+    Args:
+      loads: kind of cache -> targets.
+      others: kind of cache -> what to use instead, where another dialect can say it.
+    Raises:
+      InputError: an unknown target.
+    """
+    if target not in TARGETS:
+        raise InputError(f"--target={target} is not a server that mojax knows{nearest(target, TARGETS)}")
+    found = cache_kind(cache)
+    able = loads.get(found, ())
+    if target in able:
+        return None
+    instead = " or ".join(f"--target={name}" for name in TARGETS if name in able) or others.get(found)
+    reason = f"use {instead}" if instead else NO_SERVER[_odd(cache)]
+    said = f"{target} cannot load a key/value cache kept as {cache.label} in the {dialect} dialect"
+    return f"{said}: {reason}"
+
+
+# Why no checkpoint can ask for it, by what is odd about a cache.
+NO_SERVER = {
+    "attention": "no checkpoint can ask for it, servers choose what attention multiplies when they start",
+    "skip": "no checkpoint can name layers to leave out; remove skip_first and skip_last, and tell vLLM when"
+    " it starts: --kv-cache-dtype-skip-layers",
+    "affine": "no server takes the means off; leave out affine",
+    "rotate": "no server rotates queries and keys when it runs; leave out rotate",
+    "kinds": "servers have one format for keys and values, fp8 or nvfp4",
+}
+
+
+def _odd(cache: Cache) -> str:
+    found = {
+        "attention": cache.attention,
+        "skip": bool(cache.skip_first or cache.skip_last),
+        "affine": cache.affine,
+        "rotate": cache.rotate,
+    }
+    return next((name for name, odd in found.items() if odd), "kinds")
+
+
+def cache_scales(names: Collection[str], maxima: Collection[Any], arithmetic: Arithmetic, dtype: Any):
+    """By name maximum / 448, float32 `[]` or per head `[kv_heads]`; for NVFP4 too, as ModelOpt has it."""
+    format = fp8.FORMAT(per="tensor", arithmetic=arithmetic)
+    tops = (np.asarray(top, np.float32) for top in maxima)
+    return {n: np.asarray(format.outer(t, np.dtype(dtype))) for n, t in zip(names, tops, strict=True)}
+
+
+def cache_maxima(scales: Collection[np.ndarray], arithmetic: Arithmetic) -> tuple[np.ndarray, ...]:
+    """The maxima of keys and values whose scales, `[]`, `[1]` or `[kv_heads, 1, 1]`, a file holds."""
+    format = fp8.FORMAT(per="tensor", arithmetic=arithmetic, as_read=True)
+    found = []
+    for scale in scales:
+        tops = np.array([amax_of(format, s) for s in scale.astype(np.float32).reshape(-1)], np.float32)
+        found.append(tops if tops.size > 1 else tops.reshape(()))
+    return tuple(found)
 
 
 def experts_refusal(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -68,6 +69,19 @@ def parse(config: dict[str, Any], extra: dict[str, Any] | None, modules: Sequenc
 
 def _matches(module: str, entry: str) -> bool:
     return module.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
+
+
+def layout(
+    module: str, shape: tuple[int, ...], dtype: Any, scheme: Scheme
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The names, shapes and usual dtypes of what `read` takes for a weight `[out, in]`."""
+    n, k = shape
+    inner = (n, k // 32) if scheme.weights.name == "mxfp8" else (-(-n // 128), -(-k // 128))
+    scale = np.dtype(np.uint8 if scheme.weights.name == "mxfp8" else np.float32)
+    return {
+        f"{module}.weight": jax.ShapeDtypeStruct(shape, E4M3),
+        f"{module}.weight_scale_inv": jax.ShapeDtypeStruct(inner, scale),
+    }
 
 
 def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, None]:

@@ -8,6 +8,7 @@ symmetric.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache, reduce
@@ -34,6 +35,17 @@ def factors(order: int) -> tuple[np.ndarray, ...] | None:
         if matrix is not None:
             return (matrix, *(_sylvester_factors(twos - k) if twos > k else ()))
     return None
+
+
+def dividing(size: int) -> int:
+    """The largest order of a known Hadamard matrix that divides `size`."""
+    return next(n for n in range(size, 0, -1) if size % n == 0 and factors(n) is not None)
+
+
+def signs(seed: int, name: str, size: int) -> np.ndarray:
+    """+1 and -1, int8 `[size]`, from the bits of SHAKE-256: the same with every version of everything."""
+    bits = hashlib.shake_256(f"{seed} {name}".encode()).digest(-(-size // 8))
+    return (1 - 2 * np.unpackbits(np.frombuffer(bits, np.uint8), count=size)).astype(np.int8)
 
 
 def matrix(order: int) -> np.ndarray | None:

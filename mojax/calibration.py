@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from mojax import checkpoint, interpret
+from mojax import attention, checkpoint, interpret
 from mojax.compile import jit
 from mojax.errors import InputError, nearest
 from mojax.experts import listed
@@ -23,18 +24,24 @@ from mojax.threads import each
 
 
 class Statistic(NamedTuple):
-    """One number per channel or site.
+    """What calibration keeps of the inputs of a site.
 
     Attributes:
-      of: what each token adds, from inputs float32 `[tokens, in]`: `[tokens, ...]`.
-      reduce: how tokens, batches and devices become one: "max" or "sum".
+      of: what each token adds, from inputs float32 `[tokens, in]`: `[tokens, ...]`; None where that would
+        be too much to hold.
+      reduce: how tokens, batches and devices become one; "join" keeps rows, at most `ROWS`.
+      whole: of all tokens at once, where `of` is None.
     """
 
-    of: Callable[[jax.Array], jax.Array]
-    reduce: Literal["max", "sum"]
+    of: Callable[[jax.Array], jax.Array] | None
+    reduce: Literal["max", "sum", "join"]
+    whole: Callable[[jax.Array], jax.Array] | None = None
 
     def take(self, x: jax.Array) -> jax.Array:
         """Over all tokens of `x`, float32 `[tokens, in]`."""
+        if self.of is None:
+            assert self.whole is not None
+            return self.whole(x)
         return {"max": jnp.max, "sum": jnp.sum}[self.reduce](self.of(x), axis=0)
 
     def take_groups(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -44,33 +51,74 @@ class Statistic(NamedTuple):
           sizes: int32 `[groups]`; rows after the last group belong to none.
         """
         ids = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+        if self.of is None:
+            return lax.map(
+                lambda g: self.take(jnp.where((ids == g)[:, None], x, 0.0)), jnp.arange(len(sizes))
+            )
         if self.reduce == "sum":
             return jax.ops.segment_sum(self.of(x), ids, len(sizes))
         return jnp.maximum(jax.ops.segment_max(self.of(x), ids, len(sizes)), 0)
 
     def merge(self, a: Any, b: Any) -> Any:
         """Two of them as one, in int64 where they count."""
+        if self.reduce == "join":
+            rows = np.concatenate([np.asarray(a), np.asarray(b)], axis=-2)
+            return rows[..., :: -(-rows.shape[-2] // ROWS), :]
         if isinstance(a, jax.Array) or isinstance(b, jax.Array):
             return (jnp.maximum if self.reduce == "max" else jnp.add)(a, b)
         wide = np.int64 if np.issubdtype(np.asarray(a).dtype, np.integer) else None
         return (np.maximum if self.reduce == "max" else np.add)(np.asarray(a, wide), np.asarray(b, wide))
 
 
+ROWS = 4096  # of a "sample"
+OCTAVES, BINS = 64, 64  # of a "histogram": from 2^-40 up, bins per octave
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """sum over tokens of `x y^T`, float32 `[in, in]` of float32 `[tokens, in]`."""
+    dims = (((0,), (0,)), ((), ()))
+    return lax.dot_general(x, y, dims, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _histogram(x: jax.Array) -> jax.Array:
+    """Counts of |x| by size, int32 `[OCTAVES * BINS]`; zeros and what is smaller go to the first bin."""
+    place = (jnp.log2(jnp.abs(x)) + 40) * BINS
+    i = jnp.clip(jnp.nan_to_num(place, nan=0), 0, OCTAVES * BINS - 1).astype(jnp.int32)
+    return jnp.zeros(OCTAVES * BINS, jnp.int32).at[i.reshape(-1)].add(1)
+
+
 STATISTICS: Mapping[str, Statistic] = {
     # a maximum on a CPU may lose a NaN, never an infinity
     "absmax": Statistic(lambda x: jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)), "max"),  # [in]
     "sumsq": Statistic(jnp.square, "sum"),  # [in]
+    "abssum": Statistic(jnp.abs, "sum"),  # [in]
     "count": Statistic(lambda x: jnp.ones(len(x), jnp.int32), "sum"),  # [], tokens
+    "histogram": Statistic(None, "sum", _histogram),  # [OCTAVES * BINS], by size
+    "sample": Statistic(None, "join", lambda x: x[:: max(1, min(4, len(x) // 64))]),  # [rows, in]
+    "gram": Statistic(None, "sum", lambda x: product(x, x)),  # [in, in]
+    # of caches, `[2, kv_heads, head_dim]`: see `mojax.attention.statistics`
+    "high": Statistic(lambda x: x, "max"),
+    "low": Statistic(jnp.negative, "max"),
+    "sum": Statistic(lambda x: x, "sum"),
 }
+# Sums that need more than the inputs of one place: see `mojax.stream` and `mojax.gradients`.
+SEQUENTIAL = ("gram", "seen_gram", "drift")  # of inputs as what was encoded before makes them, [in, in]
+SUMS = (*SEQUENTIAL[1:], "output_gram")
+ENCODE = "@encode"  # ends the name of a weight whose statistics are those that the encoding steps see
+
+
+def rows_of(place: interpret.Place, x: jax.Array) -> jax.Array:
+    """`x`, the input of a place or something of its shape, as float32 `[*paired, tokens, in]`."""
+    n = x.ndim
+    axes = place.axes or (n - 1,)
+    order = [*place.paired, *(d for d in range(n) if d not in (*place.paired, *axes)), *axes]
+    width = math.prod(x.shape[d] for d in axes)
+    return x.transpose(order).reshape(*(x.shape[d] for d in place.paired), -1, width).astype(jnp.float32)
 
 
 def statistics(place: interpret.Place, needs: Iterable[str]) -> dict[str, jax.Array]:
     """The statistics of the input of one place; where a matrix per expert reads it, `[experts, ...]`."""
-    x, n = place.x, place.x.ndim
-    axes = place.axes or (n - 1,)
-    order = [*place.paired, *(d for d in range(n) if d not in (*place.paired, *axes)), *axes]
-    width = math.prod(x.shape[d] for d in axes)
-    rows = x.transpose(order).reshape(*(x.shape[d] for d in place.paired), -1, width).astype(jnp.float32)
+    rows = rows_of(place, place.x)
     found = {}
     for need in needs:
         take = STATISTICS[need].take
@@ -82,9 +130,14 @@ def statistics(place: interpret.Place, needs: Iterable[str]) -> dict[str, jax.Ar
     return found
 
 
+def merge(statistic: str, a: Any, b: Any) -> Any:
+    """Two of the statistics of this name as one."""
+    return a + b if statistic in SUMS else STATISTICS[statistic].merge(a, b)
+
+
 def merged(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The statistics of two inputs of one place, together."""
-    return {need: STATISTICS[need].merge(a[need], b[need]) for need in a}
+    return {need: merge(need, a[need], b[need]) for need in a}
 
 
 class Stats(dict[str, dict[str, Any]]):
@@ -96,7 +149,7 @@ class Stats(dict[str, dict[str, Any]]):
         for name, values in other.items():
             mine = out.setdefault(name, {})
             for key, value in values.items():
-                mine[key] = STATISTICS[key].merge(mine[key], value) if key in mine else value
+                mine[key] = merge(key, mine[key], value) if key in mine else value
         return out
 
     def save(self, path: str | Path) -> None:
@@ -114,10 +167,19 @@ class Stats(dict[str, dict[str, Any]]):
         stats = Stats()
         for key, value in checkpoint.read_shard(Path(path)).items():
             name, _, statistic = key.rpartition(".")
-            if statistic not in STATISTICS:
-                raise InputError(f"{path}: {key}: unknown statistic{nearest(statistic, STATISTICS)}")
+            if statistic not in (known := (*STATISTICS, *SUMS)):
+                raise InputError(f"{path}: {key}: unknown statistic{nearest(statistic, known)}")
             stats.setdefault(name, {})[statistic] = np.array(value)
         return stats
+
+
+def encoding(stats: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By weight, what the encoding steps see: what was kept for them, over what was taken before any step."""
+    whole = {name: dict(values) for name, values in stats.items() if not name.endswith(ENCODE)}
+    for name, values in stats.items():
+        if name.endswith(ENCODE):
+            whole.setdefault(name.removesuffix(ENCODE), {}).update(values)
+    return whole
 
 
 @jit(static_argnums=(0, 1, 2))
@@ -128,7 +190,10 @@ def observe(
 
     def tap(place: interpret.Place) -> tuple[None, Any]:
         seen = place.name in leaders and place.op != "gather"
-        return None, statistics(place, needs) if seen else None
+        if not seen:
+            return None, None
+        more = attention.statistics(place.x) if place.op == "cache" else {}
+        return None, statistics(place, needs) | more
 
     def block(params: Mapping[str, Any], x: Any) -> jax.Array:
         return program.family.block(program.config, program.kind, params, x, jnp.arange(x.shape[1]))

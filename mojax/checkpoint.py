@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,58 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def spec(self, name: str) -> Spec:
         """Dtype and shape from the header."""
         return Spec(self.entries[name].dtype, self.entries[name].shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Derived(Checkpoint):
+    """A checkpoint of which some tensors are made from others whenever they are read.
+
+    Attributes:
+      entries: what the files hold.
+      names: the tensors as they read, in the order of the files.
+      weights: of a tensor that is made, its spec, and what makes it anew at each access.
+      learned: what was found with data to make them from, by name.
+    """
+
+    names: tuple[str, ...]
+    weights: Mapping[str, tuple[Spec, Callable[[], np.ndarray]]]
+    learned: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The tensor; raises as in `Checkpoint`, or InputError when codes and scales do not fit."""
+        if name in self.weights:
+            return self.weights[name][1]()
+        if name not in self:
+            raise KeyError(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape, those of what is made."""
+        return self.weights[name][0] if name in self.weights else super().spec(name)
+
+    @functools.cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Decoded(Derived):
+    """A checkpoint of encoded weights, read as if it were in full precision.
+
+    Attributes:
+      said: what the weights are encoded as, in words.
+    """
+
+    said: str
 
 
 def _read(entry: Entry) -> np.ndarray:

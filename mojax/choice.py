@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import interpret
+from mojax.calibration import STATISTICS, encoding
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Scheme
 from mojax.formats.leaf import check_leaf
@@ -21,7 +22,7 @@ from mojax.recipe import Recipe, adjusted, load_recipe
 from mojax.resolve import decide, made_steps
 from mojax.structure.coverage import coverage
 from mojax.trace import Site
-from mojax.transforms.base import Transform
+from mojax.transforms.base import Transform, chain
 
 PRODUCTS = ("dot", "ragged_dot", "conv")
 Given = Mapping[str, Mapping[str, Any]]  # statistics by leaf
@@ -48,9 +49,19 @@ class Choice(NamedTuple):
         return [n for n, s in self.schemes.items() if s.inputs is not None and s.inputs.static]
 
     @property
+    def migration(self) -> Transform:
+        """The steps that leave the function as it is, as one."""
+        return chain(*(t for t in self.steps if t.phase == "block"))
+
+    @property
+    def encoding(self) -> Transform:
+        """The steps that choose scales and codes, as one."""
+        return chain(*(t for t in self.steps if t.phase == "encode"))
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The statistics that must be calibrated."""
-        named = [need for step in self.steps for need in step.needs]
+        named = [*self.migration.needs, *self.encoding.needs]
         return tuple(dict.fromkeys([*named, *["absmax"] * bool(self.static)]))
 
 
@@ -69,6 +80,18 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     recipe = adjusted(recipe, keep=(keep,) if isinstance(keep, str) else tuple(keep or ()))
     choice = Choice({}, {}, {}, made_steps(recipe), [])
+    if tuning := [name for (name, _), step in zip(recipe.steps, choice.steps, strict=True) if step.tune]:
+        raise InputError(
+            f"steps: {tuning[0]} tunes the blocks of a checkpoint's model, and a function has none; leave it "
+            "out, or use mojax.optimize on a checkpoint"
+        )
+    for (name, _), step in zip(recipe.steps, choice.steps, strict=True):
+        if lost := [need for need in step.needs if need not in STATISTICS] or step.phase == "model":
+            what = "rewrites" if lost is True else "looks at what was encoded before in"
+            choice.problems.append(
+                f"steps: {name} {what} the blocks of a checkpoint's model, and a function has none; "
+                "leave it out"
+            )
     places: dict[str, list[Site]] = {}
     for site in model.sites:
         if site.op != "cache":
@@ -131,6 +154,12 @@ def _decide(
         kept = by and by[-1].weights == "keep" and not by[-1].shipped
         choice.notes[name] = f"rule {by[-1].match}" if kept else why if reason == "by default" else reason
         return
+    if scheme.hadamard:
+        choice.problems.append(
+            f"{name}: hadamard: {scheme.hadamard} rotates linears of a checkpoint's model (mojax.load), and "
+            "functions run as they are; leave it out"
+        )
+        return
     choice.schemes[name] = scheme
     choice.layouts[name] = (first.contract, first.batch)
     if parts:
@@ -182,6 +211,8 @@ def _general_problems(choice: Choice, recipe: Recipe, model: Function, said: Map
             found.append(f"{rule.match}: this rule matches no leaf{nearest(rule.match, model.names)}")
     if any(rule.kv_cache not in (None, "none") for rule in recipe.rules):
         found.append("kv_cache: is for checkpoints; remove it from the recipe of a function")
+    if any(rule.attention not in (None, "none") for rule in recipe.rules):
+        found.append("attention: is for checkpoints; remove it from the recipe of a function")
     for name in choice.schemes:
         twin = [n for n in model.names if n != name and module_name(n) == module_name(name)]
         taken = [n for n in model.names if n == scale_name(name)]
@@ -198,9 +229,10 @@ def missing(choice: Choice, stats: Given, optional: bool = False) -> list[str]:
     """Problems with statistics that were not given."""
     advice = "pass stats=mojax.calibrate(model, recipe, batches)"
     needs = {need for step in choice.steps for need in step.needs}
+    seen = encoding(stats)
     found = []
     for name in choice.schemes:
-        lacks = sorted(needs - set(stats.get(name, ())))
+        lacks = sorted(needs - set(seen.get(name, ())))
         if lacks:
             found.append(f"{name}: the recipe's steps need {', '.join(lacks)} of its inputs; {advice}")
         elif name in choice.static and "absmax" not in stats.get(name, ()) and not optional:

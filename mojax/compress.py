@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import interpret
-from mojax.calibration import STATISTICS, Stats, merged, statistics
+from mojax.calibration import ENCODE, STATISTICS, Stats, encoding, merged, statistics
 from mojax.choice import PRODUCTS, Choice, Given, missing, resolve, solved
 from mojax.compile import jit
 from mojax.errors import InputError, NotFiniteError
@@ -23,7 +23,7 @@ from mojax.kernels.base import decoded
 from mojax.recipe import Recipe
 from mojax.simulate import leading, round_weight
 from mojax.trace import Site
-from mojax.transforms.base import Context, Transform, chain
+from mojax.transforms.base import Context, Transform
 
 
 def calibrate(model: Any, recipe: Any, batches: Any, keep: Sequence[str] = ()) -> Stats:
@@ -49,17 +49,37 @@ def calibrate(model: Any, recipe: Any, batches: Any, keep: Sequence[str] = ()) -
     choice = solved(resolve(model, recipe, keep))
     if not choice.needs:
         return Stats()
+    params = {n: concrete(model, n) for n in model.names}
+    moves = any(step.phase == "block" for step in choice.steps)
+    first = choice.needs if not moves else (*choice.migration.needs, *["absmax"] * bool(choice.static))
+    batches = list(listed(batches))
+    stats = _observed(model, choice, first, params, batches)
+    if moves and choice.encoding.needs:
+        params |= _transformed(model, params, choice, choice.migration, stats)
+        later = _observed(model, choice, choice.encoding.needs, params, batches)
+        stats |= {name + ENCODE: values for name, values in later.items()}
+    return stats
+
+
+def _observed(
+    model: Function,
+    choice: Choice,
+    needs: tuple[str, ...],
+    params: Mapping[str, Any],
+    batches: Sequence[tuple],
+) -> Stats:
+    """Statistics of the inputs of what is to be encoded, with these parameters."""
     layouts, stacks = choice.layouts, {n: leading(batch) for n, (_, batch) in choice.layouts.items()}
 
     def tap(place: interpret.Place) -> tuple[None, Any]:
         seen = place.name in choice.schemes and place.op in PRODUCTS
-        return None, statistics(place, choice.needs) if seen else None
+        return None, statistics(place, needs) if seen else None
 
     watched = interpret.intercept(model.flat, tap, merge=merged, stacks=stacks, rules=model.rules)
     observe = jit()(lambda params, *args: watched(params, *args)[1])
-    leaves = {n: concrete(model, n) for n in model.names}
+    leaves = {n: params[n] for n in model.names}
     stats = Stats()
-    for args in listed(batches):
+    for args in batches:
         for key, tap_values in observe(leaves, *args).items():
             name = key if key in choice.schemes else key.rpartition("#")[0]
             sizes = tuple(model.specs[name].shape[a] for a in layouts[name][1])
@@ -83,11 +103,14 @@ def listed(batches: Any) -> Iterator[tuple]:
 
 def _spread(need: str, value: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """`value` with the batch axes; where some rows could not be told apart, all have what all have seen."""
-    one = jax.eval_shape(STATISTICS[need].of, jax.ShapeDtypeStruct((1, 1), jnp.float32)).ndim - 1
+    one = jax.eval_shape(STATISTICS[need].take, jax.ShapeDtypeStruct((1, 1), jnp.float32)).ndim
     if value.ndim == one + len(sizes):
         return value
     over = tuple(range(value.ndim - one))
-    value = {"max": np.max, "sum": np.sum}[STATISTICS[need].reduce](value, axis=over)
+    if STATISTICS[need].reduce == "join":
+        value = value.reshape(-1, value.shape[-1])
+    else:
+        value = {"max": np.max, "sum": np.sum}[STATISTICS[need].reduce](value, axis=over)
     return np.broadcast_to(value, (*sizes, *value.shape))
 
 
@@ -108,9 +131,9 @@ def fake_quant(
     choice.problems.extend(missing(choice, stats, optional=True))
     solved(choice)
     params = dict(model.params)
-    if len(choice.steps) > 1:
+    if any(step.phase == "block" for step in choice.steps):
         values = {n: concrete(model, n) for n in model.names}
-        params |= _transformed(model, values, choice, chain(*choice.steps[:-1]), stats)
+        params |= _transformed(model, values, choice, choice.migration, stats)
     maxima = {n: _maximum(n, stats) for n in choice.static if "absmax" in stats.get(n, ())}
     maxima = {n: params.pop(scale_name(n), top) for n, top in maxima.items()}  # as smoothing left it
     return dataclasses.replace(_with(model, params, choice, fake=True), maxima=maxima)
@@ -135,7 +158,7 @@ def quantize(
     model, stats = _plain(model, stats)
     choice = resolve(model, recipe, keep)
     if trained:
-        choice = choice._replace(steps=choice.steps[-1:])
+        choice = choice._replace(steps=tuple(s for s in choice.steps if s.phase == "encode"))
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.params.values())
     choice.problems.extend([] if abstract else missing(choice, stats))
     choice.problems.extend([] if choice.problems else unpackable(model, choice))
@@ -143,7 +166,7 @@ def quantize(
     if abstract:
         return _with(model, packed_specs(model, choice), choice, fake=False)
     params = {n: model.params[n] for n in model.names}
-    params |= _transformed(model, params, choice, chain(*choice.steps), stats)
+    params |= _transformed(model, params, choice, _both(choice), stats)
     return _with(model, params, choice, fake=False)
 
 
@@ -241,6 +264,16 @@ def _maximum(name: str, stats: Given) -> jax.Array:
 # Transforms see matrices
 
 
+def _both(choice: Choice) -> Transform:
+    """All steps as one; those that encode see the statistics that were taken for them."""
+
+    def apply(params: Mapping[str, Any], stats: Given, context: Context) -> Mapping[str, Any]:
+        changed = dict(choice.migration.apply(params, stats, context))
+        return changed | dict(choice.encoding.apply({**params, **changed}, encoding(stats), context))
+
+    return Transform(apply)
+
+
 def _transformed(
     model: Function, params: Mapping[str, Any], choice: Choice, step: Transform, stats: Given
 ) -> dict[str, Any]:
@@ -255,7 +288,7 @@ def _transformed(
     sites = tuple(_shown(site, shown, choice) for site in model.sites)
     schemes = {module_name(n): scheme for n, scheme in choice.schemes.items()}
     kept = frozenset(shown[n] for n in choice.notes)
-    seen = {shown[n]: values for n, values in stats.items() if n in shown}
+    seen = {s + end: stats[n + end] for n, s in shown.items() for end in ("", ENCODE) if n + end in stats}
     scales = {module_name(n) + INPUT: n for n in choice.schemes}
     changed: dict[str, Any] = {}
     try:

@@ -13,7 +13,8 @@ from mojax.converters import base as dialects
 from mojax.errors import InputError, PlanError
 from mojax.formats.base import QTensor
 from mojax.model import Model, linears, load
-from mojax.planner import TARGETS, Plan, Row
+from mojax.planner import TARGETS
+from mojax.plans import Plan, Row
 from mojax.program import INPUT
 from mojax.recipe import Calibration, Recipe
 from mojax.transforms.base import chain
@@ -44,7 +45,7 @@ def convert(
     files = model.checkpoint
     assert files is not None
     target = find.find("converters", format)
-    if not model.schemes:
+    if not model.schemes and model.cache is None:
         raise InputError(f"{source}: is not quantized, there is nothing to convert; use mojax quantize")
     if not target.WRITES:
         raise InputError(
@@ -94,6 +95,11 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
         role = role_of(name, scheme is not None or name.removesuffix(".weight") in encodable)
         facts = name, role, tuple(leaf.shape), np.dtype(leaf.dtype), model.prefix(name)
         rows.append(Row(*facts, scheme, "", size, size, "kept"))
+    if model.cache is not None:
+        said = {server: target.check_cache(model.cache, server, bool(model.schemes)) for server in TARGETS}
+        servers = [server for server in servers if said[server] is None]
+        if all(said.values()):
+            problems.append(said[TARGETS[0]])
     try:
         target.config(experts.spread(model.schemes, model.shapes), (), model.cache)
     except PlanError as error:

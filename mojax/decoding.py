@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mojax import attention
+from mojax.cache import LARGEST, Cache
 from mojax.compile import jit
-from mojax.formats.base import Format, QTensor
-from mojax.kernels.attention import attend
-from mojax.program import Program, embed, simulated
+from mojax.formats.base import QTensor
+from mojax.program import Program, cache_scales, embed, simulated
 
 
 class Layer(NamedTuple):
@@ -33,15 +34,13 @@ class Programs(NamedTuple):
 
     Attributes:
       embed, head: outside the blocks.
-      blocks: of every layer, without the rounding of its cache.
-      cache: the format of the key/value cache, or None.
+      blocks: of every layer, and how its cache is kept.
       stop: token ids that end a sequence.
     """
 
     embed: Program
     blocks: tuple[Program, ...]
     head: Program
-    cache: Format | None
     stop: tuple[int, ...]
 
 
@@ -90,26 +89,28 @@ class State(NamedTuple):
     made: jax.Array
 
 
-def empty(format: Format | None, shape: tuple[int, ...], dtype: Any, scales: tuple[Any, Any]) -> Layer:
+def empty(cache: Cache | None, shape: tuple[int, ...], dtype: Any, scales: tuple[Any, Any]) -> Layer:
     """A cache of zeros.
 
     Args:
       shape: `[batch, slots, kv_heads, head_dim]`.
-      scales: the largest magnitudes of keys and values that calibration saw, float32 `[]`; None is a scale
-        of 1, as servers take it.
+      scales: the largest magnitudes of keys and values that calibration saw, float32 `[]`; None is the one
+        of an FP8 scale of 1, as servers take it.
+    Returns:
+      codes where `cache.packed`, else an array, of values that were rounded before.
     """
-    if format is None:
-        return Layer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def zeros(amax: Any) -> QTensor:
-        outer = None
-        if format.static:
-            outer = jnp.float32(1) if amax is None else jnp.asarray(format.outer(amax, jnp.dtype(dtype)))
+    def zeros(side: str, amax: Any) -> Any:
+        format = cache.format(side) if cache is not None and cache.packed(side) else None
+        if format is None:
+            return jnp.zeros(shape, dtype)
+        top = jnp.float32(LARGEST) if amax is None else amax
+        outer = jnp.asarray(format.outer(top, jnp.dtype(dtype)))
         q = jax.eval_shape(format.encode, jax.ShapeDtypeStruct(shape, dtype), outer)
         found = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), q)
-        return found if outer is None else dataclasses.replace(found, scales=found.scales | {"outer": outer})
+        return dataclasses.replace(found, scales=found.scales | {"outer": outer})
 
-    return Layer(*(zeros(amax) for amax in scales))
+    return Layer(zeros("k", scales[0]), zeros("v", scales[1]))
 
 
 def write(cache: Any, new: jax.Array, slot: jax.Array) -> Any:
@@ -134,17 +135,26 @@ def _block(
     positions = slot + lax.iota(jnp.int32, x.shape[1])[None] - start[:, None]
     slots = lax.iota(jnp.int32, layer.k.shape[1])[None] - start[:, None]
 
-    def run(config: Any, params: Any, x: jax.Array, layer: Layer, positions: Any, slots: Any, slot: Any):
+    cache = program.cache
+
+    def run(
+        config: Any, params: Any, x: Any, layer: Layer, positions: Any, slots: Any, slot: Any, scales: Any
+    ):
         kept: list[Layer] = []
 
         def cached(q: Any, k: Any, v: Any, positions: Any, window: int | None) -> jax.Array:
+            q, k = attention.turned(cache, q), attention.turned(cache, k)
+            if not isinstance(layer.k, QTensor):
+                k = attention.kept(cache, "k", k, scales)
+            if not isinstance(layer.v, QTensor):
+                v = attention.kept(cache, "v", v, scales)
             kept.append(Layer(write(layer.k, k, slot), write(layer.v, v, slot)))
-            return attend(q, kept[0].k, kept[0].v, positions, slots, window=window)
+            return attention.over_slots(cache, q, *kept[0], positions, slots, window)
 
         y = program.family.block(config, program.kind, params, x, positions, attend=cached)
         return y, kept[0]
 
-    return simulated(program, run)(params, x, layer, positions, slots, slot)
+    return simulated(program, run)(params, x, layer, positions, slots, slot, cache_scales(params))
 
 
 _block_alone = jit(static_argnums=(0,), donate_argnums=(3,))(_block)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,20 @@ from mojax.compile import jit
 from mojax.experts import expand, rows, starred
 from mojax.formats.base import QTensor
 from mojax.formats.rows import common_rows, cut
+from mojax.kernels.hadamard import hadamard
 from mojax.model import Model
+from mojax.plans import through_cache
 from mojax.recipe import Recipe, choose, restored
 from mojax.threads import each
-from mojax.transforms.base import Context, placed
-from mojax.transforms.smoothquant import Fold, folds, rewrites
+from mojax.transforms.base import Context, Fold, Sites, folds, placed, rewrites
+
+USUAL: dict[str, Sites] = {"smoothquant": "mlp", "awq": "all"}  # where a step folds if nothing is said
 
 
 def weight_errors(out: Model, source: Model) -> dict[str, float]:
     """Relative error of every encoded weight of `out` that `source` has, block by block, experts one by one.
 
-    Scales that `out` folded from activations into weights (SmoothQuant) are undone first, so that only
+    Scales that `out` folded from activations into weights (SmoothQuant, AWQ) are undone first, so that only
     rounding is left.
     """
     moved = folded(out, source)
@@ -35,20 +39,28 @@ def weight_errors(out: Model, source: Model) -> dict[str, float]:
         if name not in source.params:
             continue
         if starred(name):
-            found |= _expert_errors(name, out.params[name], source.params[name])
+            w = turned(source.params[name], out.schemes[name.removesuffix(".weight")].hadamard)
+            found |= _expert_errors(name, out.params[name], w)
         else:
             groups.setdefault(out.prefix(name), []).append(name)
     for prefix, names in groups.items():
         encoded = {name: out.params[name] for name in names}
         weights: dict[str, Any] = {name: source.params[name] for name in names}
+        turns = {name: out.schemes[name.removesuffix(".weight")].hadamard for name in names}
         if prefix in moved:
-            weights = smoothed(weights, encoded, source.params, out.params, moved[prefix])
+            weights = smoothed(weights, encoded, source.params, out.params, moved[prefix], turns)
+        weights = {name: turned(w, turns[name]) for name, w in weights.items()}
         height = common_rows([q.shape for q in encoded.values()])
         errors = each(
             lambda name, e=encoded, w=weights, r=height: relative_error(e[name], w[name], r), encoded
         )
         found |= dict(zip(encoded, errors, strict=True))
     return found
+
+
+def turned(w: Any, block: int) -> Any:
+    """A weight as it is encoded: rotated by Hadamard blocks of this order, 0 for not at all."""
+    return np.asarray(hadamard(w, block=block)) if block else w
 
 
 def _expert_errors(name: str, q: QTensor, w: Any) -> dict[str, float]:
@@ -59,15 +71,39 @@ def _expert_errors(name: str, q: QTensor, w: Any) -> dict[str, float]:
     return dict(errors)
 
 
+def exact_blocks(out: Model, source: Model) -> tuple[int, int]:
+    """How many blocks of the encoded weights decode to exactly the numbers of `source`, and of how many."""
+    exact = total = 0
+    for module in out.schemes:
+        name = module + ".weight"
+        if name in source.params:
+            w = source.params[name]
+            w = turned(w, out.schemes[module].hadamard)
+            for q, matrix in zip(rows(out.params[name]), w if starred(name) else [w], strict=True):
+                same = np.asarray(_equal(q, matrix))
+                exact, total = exact + int(same.sum()), total + same.size
+    return exact, total
+
+
+@jit()
+def _equal(q: QTensor, w: Any) -> jax.Array:
+    same = q.format.decode(q) == jnp.asarray(w).astype(jnp.float32)
+    width = q.format.block_columns or same.shape[-1]
+    return jnp.all(same.reshape(*same.shape[:-1], -1, width), -1)
+
+
 def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:
-    """By prefix of a block, the scales that `out` folded (SmoothQuant).
+    """By prefix of a block, the scales that `out` folded (SmoothQuant, AWQ).
 
     An output of ours names its steps in mojax.json. In any other they may be wherever they can be, in the
     blocks whose norm gains differ from the source's.
     """
-    recipe = _recorded(out)
-    if recipe is not None and "smoothquant" not in {name for name, _ in recipe.steps}:
+    recipe = recorded(out)
+    steps = dict(recipe.steps) if recipe is not None else {"smoothquant": {}}
+    where = [steps[name].get("sites", usual) for name, usual in USUAL.items() if name in steps]
+    if not where:
         return {}
+    widest = max(where, key=get_args(Sites).index)
     found: dict[str, tuple[Fold, ...]] = {}
     for block in out.blocks:
         sites = placed(out.sites(block), block.prefix)
@@ -76,16 +112,17 @@ def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:
         context = Context(
             sites,
             {m: out.schemes[m] for m in modules if m in out.schemes},
-            kept=frozenset(p for p in producers if recipe and choose(recipe, p).weights == "keep"),
+            kept=frozenset(p for p in producers if recipe and choose(recipe, p).weights == "keep")
+            | through_cache(sites, out.cache),
         )
-        both = [g for g in rewrites(context) if g in source.params and g in out.params]
+        both = [g for g in rewrites(context, widest) if g in source.params and g in out.params]
         gains = [(source.params[g], out.params[g]) for g in both]
         if recipe or any(not np.array_equal(np.asarray(a), np.asarray(b)) for a, b in gains):
-            found[block.prefix] = folds(context)
+            found[block.prefix] = folds(context, widest)
     return found
 
 
-def _recorded(out: Model) -> Recipe | None:
+def recorded(out: Model) -> Recipe | None:
     """The recipe of an output of ours; None where the steps are not known."""
     path = out.checkpoint.folder / "mojax.json" if out.checkpoint else None
     said = read_json(path).get("recipe") if path and path.exists() else None
@@ -128,15 +165,19 @@ def smoothed(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     folds: Sequence[Fold],
+    turns: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The source's weights with the per-channel scales that the output folded, so that only rounding is left.
 
     A gain gives its scales as before / after; a linear (`up` before `down`) by least squares over its row.
+    `turns`: the orders of the blocks by which encoded weights were rotated after the folding.
     """
     out = {n: np.asarray(w, np.float32) for n, w in weights.items()}
-    for producer, readers, _ in sorted(folds, key=lambda fold: fold.producer in encoded):
+    for fold in sorted(folds, key=lambda fold: fold.producer in encoded):
+        producer = fold.producer
         if producer in encoded:
-            mine = np.asarray(encoded[producer].format.decode(encoded[producer]))
+            mine = turned(encoded[producer].format.decode(encoded[producer]), turns.get(producer, 0))
+            mine = np.asarray(mine)  # turned back: H H = 1
             full = out[producer]
             square = np.sum(mine * mine, axis=1)
             scale = np.where(square > 0, np.sum(full * mine, axis=1) / np.where(square > 0, square, 1), 1)
@@ -145,6 +186,7 @@ def smoothed(
             gain = np.asarray(after[producer], np.float32)
             full = np.asarray(before[producer], np.float32)
             scale = np.where(gain == 0, 1, full / np.where(gain == 0, 1, gain))
-        for name in readers:
-            out[name] = (out[name] * scale[None, :]).astype(np.float32)
+        columns = np.asarray(fold.spread(jnp.asarray(scale, jnp.float32)))
+        for name in fold.readers:
+            out[name] = (out[name] * columns[None, :]).astype(np.float32)
     return out

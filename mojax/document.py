@@ -20,7 +20,8 @@ from mojax.errors import InputError, nearest
 
 LARGEST = 1_000_000  # bytes; a recipe is a page, and YAML aliases can make a small file a huge tree
 LONGEST = 1_000  # characters of one text
-SAYS = ("weights", "inputs", "kv_cache", "share_scale")  # what a rule can say
+SAYS = ("weights", "inputs", "hadamard", "kv_cache", "attention", "share_scale")  # what a rule can say
+CACHE = ("format", "k", "v", "per", "cast", "affine", "rotate", "skip_first", "skip_last")  # of a kv_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Rule:
       match: a glob on the tensor's full name, which ends in `.weight`; `*` crosses dots.
       weights: `{"format": name, **options}`, or "keep" for as they are.
       inputs: `{"format": name, **options}`, or "none" for as they are.
-      kv_cache: a format name, or "none".
+      hadamard: the order of the Hadamard blocks that rotate the input when the linear runs; 0 for none.
+      kv_cache: a format name, "none", or a mapping of `CACHE`: `{"format": name}` or `{"k": name, "v": name}`
+        with options of `mojax.cache.Cache`.
       share_scale: linears that a server fuses share one per-tensor scale.
+      attention: "fp8": the operands of its products, or "none".
       optional: the rule may match nothing; always True in a shipped recipe.
       shipped: the rule comes from a shipped recipe, not from a user's.
     """
@@ -40,19 +44,26 @@ class Rule:
     match: str
     weights: dict[str, Any] | Literal["keep"] | None = None
     inputs: dict[str, Any] | Literal["none"] | None = None
-    kv_cache: str | None = None
+    hadamard: int | None = None
+    kv_cache: dict[str, Any] | str | None = None
     share_scale: bool | None = None
+    attention: str | None = None
     optional: bool = False
     shipped: bool = dataclasses.field(default=False, compare=False)
 
 
 class Calibration(NamedTuple):
-    """Which text calibrates: `builtin` or a file, and how many sequences of how many tokens."""
+    """Which text calibrates: `builtin` or a file, and how many sequences of how many tokens.
+
+    `gradients`: how many times the loss is differentiated, each time with labels drawn anew from the model's own
+    predictions; 0 for never. Steps then weigh errors by what they do to the predictions.
+    """
 
     text: str = "builtin"
     sequences: int = 64
     length: int = 256
     seed: int = 0
+    gradients: int = 0
 
 
 class Menu(NamedTuple):
@@ -190,7 +201,9 @@ def _rule(at: str, value: Any, shipped: bool) -> Rule:
     checks = {
         "weights": functools.partial(_choice, "keep"),
         "inputs": functools.partial(_choice, "none"),
+        "hadamard": _hadamard,
         "kv_cache": _cache,
+        "attention": _attention,
         "share_scale": flag,
     }
     return Rule(
@@ -201,8 +214,46 @@ def _rule(at: str, value: Any, shipped: bool) -> Rule:
     )
 
 
-def _cache(at: str, value: Any) -> str:
-    return "none" if value == "none" else _format(at, text(at, value), "none")
+def _hadamard(at: str, value: Any) -> int:
+    """The order of a block, or 0, also said as `none`."""
+    if value == "none":
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == 0 or 2 <= value < 2**31):
+        raise InputError(
+            f"{at}: found {show(value)}, needed none, or how many input channels a block has, such as 32"
+        )
+    return value
+
+
+def _cache(at: str, value: Any) -> dict[str, Any] | str:
+    """A format's name, `none`, or a mapping with that of both, or of keys and of values, and options."""
+    if isinstance(value, str):
+        return "none" if value == "none" else _format(at, text(at, value), "none")
+    if not isinstance(value, dict):
+        raise InputError(f"{at}: found {show(value)}, needed a format's name, {{format: name}}, or none")
+    value = mapping(at, value, CACHE)
+    named = [key for key in ("format", "k", "v") if key in value]
+    if named not in (["format"], ["k", "v"]):
+        raise InputError(
+            f"{at}: names {' and '.join(named) or 'no format'}; it is a mapping like {{format: fp8}}, or "
+            "{k: fp8, v: nvfp4}"
+        )
+    for key in named:
+        if value[key] != "none":
+            _format(f"{at}.{key}", text(f"{at}.{key}", value[key]), "none")
+    for key in {"cast", "affine", "rotate"} & value.keys():
+        flag(f"{at}.{key}", value[key])
+    for key in {"skip_first", "skip_last"} & value.keys():
+        whole(f"{at}.{key}", value[key], 0)
+    if value.get("per", "tensor") not in ("tensor", "head"):
+        raise InputError(f"{at}.per: found {show(value['per'])}, needed tensor or head")
+    return dict(value)
+
+
+def _attention(at: str, value: Any) -> str:
+    if value not in ("fp8", "none"):
+        raise InputError(f"{at}: found {show(value)}, needed fp8 or none")
+    return value
 
 
 def _choice(word: str, at: str, value: Any) -> dict[str, Any] | str:
@@ -251,7 +302,7 @@ def _options(at: str, value: Any, *, lists: bool) -> dict[str, Any]:
 
 def calibration(at: str, value: Any, separator: str = ".") -> dict[str, Any]:
     """Some fields of a Calibration."""
-    least = {"sequences": 1, "length": 1, "seed": 0}
+    least = {"sequences": 1, "length": 1, "seed": 0, "gradients": 0}
     checked = {}
     for key, v in mapping(at, value, Calibration._fields).items():
         place = f"{at}{separator}{key}"

@@ -49,6 +49,7 @@ class Report:
       peak_rss_bytes: of this process.
       tokens: how many were evaluated; text: where they came from.
       worst: the ten encoded tensors farthest from the source, `{tensor, rel_error}`.
+      steps: what the steps of the recipe did on their own objectives, see `mojax.outcomes.summary`.
       notes: what is right but worth knowing, and why something was not measured.
     """
 
@@ -64,6 +65,7 @@ class Report:
     tokens: int = 0
     text: str = ""
     worst: tuple[dict[str, Any], ...] = ()
+    steps: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,21 +143,7 @@ def evaluate(
         raise InputError(
             f"tokens: holds ids from {tokens.min()} to {tokens.max()}, the vocabulary has {sizes[0]}"
         )
-    pairs = zip(batches(tokens), *(hidden(m, tokens, interrupted) for m in (reference, model)), strict=True)
-    outsides = reference.outside("head"), model.outside("head")
-    heads = reference.head_program(), model.head_program()
-    parts: list[list[np.ndarray]] = [[], [], [], []]
-    for ids, xp, xq in pairs:
-        rows = max(1, CHUNK // (ids.shape[1] * int(sizes[0] or 1)))
-        for i in range(0, len(ids), rows):
-            p = head(heads[0], outsides[0], xp[i : i + rows])
-            q = head(heads[1], outsides[1], xq[i : i + rows])
-            targets = np.roll(ids[i : i + rows], -1, axis=1).reshape(-1)
-            values = compare(p.reshape(targets.size, -1), q.reshape(targets.size, -1), targets)
-            for store, value in zip(parts, values, strict=True):
-                store.append(np.asarray(value).reshape(-1, ids.shape[1]))
-    kl, same, nll_p, nll_q = (np.concatenate(p) for p in parts)
-    _finite(kl, nll_p)
+    kl, same, nll_p, nll_q = per_token(model, reference, tokens, interrupted)
     return Report(
         kl_mean=float(kl.mean(dtype=np.float64)),
         kl_p99=float(np.quantile(kl, 0.99)),
@@ -170,6 +158,36 @@ def evaluate(
         tokens=int(tokens.size),
         text=text,
     )
+
+
+def per_token(
+    model: Model, reference: Model, tokens: np.ndarray, interrupted: Callable[[], bool] = lambda: False
+) -> tuple[np.ndarray, ...]:
+    """What `compare` gives for every token, float32 or bool `[sequences, length]` each.
+
+    Args:
+      model, reference, tokens, interrupted: as in `evaluate`, which checks them. The last token of a sequence
+        has no next one: its two negative log-likelihoods mean nothing.
+    Raises:
+      NotFiniteError, BrokenError: as in `evaluate`.
+    """
+    size = reference.config.get("vocab_size")
+    pairs = zip(batches(tokens), *(hidden(m, tokens, interrupted) for m in (reference, model)), strict=True)
+    outsides = reference.outside("head"), model.outside("head")
+    heads = reference.head_program(), model.head_program()
+    parts: list[list[np.ndarray]] = [[], [], [], []]
+    for ids, xp, xq in pairs:
+        rows = max(1, CHUNK // (ids.shape[1] * int(size or 1)))
+        for i in range(0, len(ids), rows):
+            p = head(heads[0], outsides[0], xp[i : i + rows])
+            q = head(heads[1], outsides[1], xq[i : i + rows])
+            targets = np.roll(ids[i : i + rows], -1, axis=1).reshape(-1)
+            values = compare(p.reshape(targets.size, -1), q.reshape(targets.size, -1), targets)
+            for store, value in zip(parts, values, strict=True):
+                store.append(np.asarray(value).reshape(-1, ids.shape[1]))
+    kl, same, nll_p, nll_q = (np.concatenate(p) for p in parts)
+    _finite(kl, nll_p)
+    return kl, same, nll_p, nll_q
 
 
 def _finite(kl: np.ndarray, nll_source: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from mojax.model import Model
 from mojax.recipe import Recipe, choose
 
 if TYPE_CHECKING:
-    from mojax.planner import Row
+    from mojax.plans import Row
 
 FUSING = ("vllm", "sglang", "trtllm")  # servers that load q/k/v and gate/up as one matrix
 ALIGNED = ("vllm", "sglang")  # of those, the ones that cut a fused matrix at whole blocks

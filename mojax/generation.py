@@ -17,7 +17,7 @@ from mojax.errors import InputError, NotFiniteError
 from mojax.formats.base import QTensor
 from mojax.kernels.base import prepared
 from mojax.model import Model
-from mojax.program import INPUT, Program
+from mojax.program import Program, cache_scales
 from mojax.tokenizer import Tokenizer, load_tokenizer
 
 LENGTH, SLOTS = 16, 64  # prompts and caches are padded to multiples of these, so that few sizes are compiled
@@ -152,13 +152,10 @@ class Runner:
         c = self.model.hyper
         shape = (len(ids), slots, c.num_key_value_heads, c.head_dim)
         layers = tuple(
-            decoding.empty(
-                self.programs.cache,
-                shape,
-                self.model.dtype,
-                (params.get(f"self_attn.k_cache{INPUT}"), params.get(f"self_attn.v_cache{INPUT}")),
+            decoding.empty(program.cache, shape, self.model.dtype, (scales.get("k"), scales.get("v")))
+            for program, scales in zip(
+                self.programs.blocks, map(cache_scales, self.weights.blocks), strict=True
             )
-            for params in self.weights.blocks
         )
         return decoding.prefill(self.programs, self.weights, layers, tokens, sampling, start)
 
@@ -196,8 +193,8 @@ def run(model: Any) -> Runner:
             "called as it is"
         )
     head = model.head_program()
-    blocks = tuple(dataclasses.replace(model, cache=None).program(b) for b in model.blocks)
-    programs = Programs(Program(head.family, head.config, "embed"), blocks, head, model.cache, _stop(model))
+    blocks = tuple(model.program(b) for b in model.blocks)
+    programs = Programs(Program(head.family, head.config, "embed"), blocks, head, _stop(model))
     outside = model.outside("embed")
     weights = Weights(
         outside,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import checkpoint, experts, find, trace
+from mojax.cache import Cache
 from mojax.compile import jit
 from mojax.errors import InputError, PlanError, nearest
 from mojax.formats.base import Format, QTensor, Scheme
@@ -23,6 +24,13 @@ from mojax.kernels.base import decoded
 from mojax.models.layers import Block
 from mojax.program import INPUT, Program, embed, head, run_block
 from mojax.reads import reads
+
+MATRIX = "_input.weight"  # ends the name of the matrix of a rotation, `<module>.<rotation>_input.weight`
+
+
+def turns(name: str, modules: Collection[str]) -> bool:
+    """Whether a tensor of a file is the matrix that rotates the input of one of `modules`."""
+    return name.endswith(MATRIX) and name.rpartition(".")[0].rpartition(".")[0] in modules
 
 
 class Lazy(Mapping[str, Any]):
@@ -57,7 +65,7 @@ class Model:
       family: the module `mojax.models.<model_type>`; None when only the tensors are known (`generic`).
       checkpoint: the files it was read from, if any.
       schemes: how each encoded linear runs, by module name; empty for a model in full precision.
-      cache: the format of the key/value cache, or None.
+      cache: how the key/value cache is kept; None: as it is.
     """
 
     config: Mapping[str, Any]
@@ -65,7 +73,7 @@ class Model:
     family: ModuleType | None
     checkpoint: checkpoint.Checkpoint | None = None
     schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
-    cache: Format | None = None
+    cache: Cache | None = None
 
     @functools.cached_property
     def hyper(self) -> Any:
@@ -130,7 +138,9 @@ class Model:
             for m, s in self.schemes.items()
             if m + ".weight" in self._outside_names and s.inputs
         ]
-        return Program(self._family, self.hyper, "head", tuple(inputs))
+        turned = ((m, s.hadamard) for m, s in self.schemes.items() if s.hadamard)
+        own = tuple((m, block) for m, block in turned if m + ".weight" in self._outside_names)
+        return Program(self._family, self.hyper, "head", tuple(inputs), rotated=own)
 
     def prefix(self, name: str) -> str:
         """The prefix of the block that a tensor or module lies in, "" outside the blocks."""
@@ -148,13 +158,12 @@ class Model:
 
     def program(self, block: Block) -> Program:
         """The static part of `run_block` for this block."""
-        inputs: list[tuple[str, Format]] = []
-        for module, scheme in self.schemes.items():
-            if module.startswith(block.prefix) and scheme.inputs is not None:
-                inputs.append((module[len(block.prefix) :], scheme.inputs))
-        if self.cache is not None:
-            inputs += [(f"self_attn.{kv}_cache", self.cache) for kv in "kv"]
-        return Program(self._family, self.hyper, block.kind, tuple(sorted(inputs, key=lambda i: i[0])))
+        n = len(block.prefix)
+        mine = sorted((m[n:], s) for m, s in self.schemes.items() if m.startswith(block.prefix))
+        inputs: list[tuple[str, Format]] = [(m, s.inputs) for m, s in mine if s.inputs is not None]
+        turned = tuple((m, s.hadamard) for m, s in mine if s.hadamard)
+        cache = self.cache and self.cache.layer(self.blocks.index(block), len(self.blocks))
+        return Program(self._family, self.hyper, block.kind, tuple(inputs), cache, turned)
 
     def sites(self, block: Block) -> tuple[trace.Site, ...]:
         """Where weights meet activations in this block, from its trace; names without the block's prefix."""
@@ -259,9 +268,11 @@ def load(
     dialect = dialects.dialect(config, file_names(files))
     model = Model(config, files, family, files)
     if dialect is None:
-        _check_shapes(model)
+        check_shapes(model)
         return dataclasses.replace(model, params=model.tensors)
-    return _encoded(model, dialect)
+    if hasattr(dialect, "parted"):
+        files = dialect.parted(files, linears(model, files))
+    return _encoded(Model(config, files, family, files), dialect)
 
 
 def file_names(files: checkpoint.Checkpoint) -> list[str]:
@@ -269,7 +280,8 @@ def file_names(files: checkpoint.Checkpoint) -> list[str]:
     return [p.name for p in files.folder.iterdir()] if files.folder.is_dir() else []
 
 
-def _check_shapes(model: Model) -> None:
+def check_shapes(model: Model) -> None:
+    """Raises PlanError where the tensors of the files are not those that config.json implies."""
     assert model.checkpoint is not None
     files = model.checkpoint
     problems = []
@@ -291,8 +303,10 @@ def _check_shapes(model: Model) -> None:
 def linears(model: Model, names: Mapping[str, Any]) -> list[str]:
     """The modules that may be encoded: weights `[out, in]` of the blocks, experts too, and an untied head."""
     if model.family is None:
-        found = [n for n in names if n.endswith((".weight", ".weight_packed")) and "embed" not in n]
-        return sorted({n.rsplit(".", 1)[0] for n in found if len(_shape(names, n)) == 2})
+        axes = {".weight": 2, ".weight_packed": 2, ".weight_blocks": 3}
+        ends = ((n, *n.rpartition(".")) for n in names if "embed" not in n)
+        found = {m for n, m, dot, end in ends if axes.get(dot + end) == len(_shape(names, n))}
+        return sorted(m for m in found if not turns(m + ".weight", found))
     inside = tuple(b.prefix for b in model.blocks)
     return [
         n.removesuffix(".weight")
@@ -319,8 +333,9 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
     )
     each = {m: experts.one_scheme(m, count[m], said.schemes) for m in modules}
     schemes = {m: scheme for m, scheme in each.items() if scheme is not None}
+    encoded = experts.spread(schemes, model.shapes)
     leaves: dict[str, Callable[[], Any]] = {
-        n: functools.partial(model.tensors.__getitem__, n) for n in model.tensors
+        n: functools.partial(model.tensors.__getitem__, n) for n in model.tensors if not turns(n, encoded)
     }
     for module, scheme in schemes.items():
         for name in experts.expand(module, count[module]):

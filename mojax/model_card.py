@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from mojax.evaluation import Report
-from mojax.planner import Plan
+from mojax.plans import Plan
 
 
 def write(folder: Path, source: Path, report: Report, plan: Plan) -> None:
@@ -48,6 +48,15 @@ def summary(report: Report) -> list[tuple[str, str]]:
     ]
     if report.tokens:
         rows.append(("evaluated on", f"{report.tokens} tokens, {report.text}"))
+    for step in report.steps:
+        if step["objective"] is not None:
+            alone = f", {step['left_alone']} left alone" if step["left_alone"] else ""
+            rows.append(
+                (
+                    f"objective of {step['step']}",
+                    f"x {step['objective']:.3f}, {step['weights']} weights{alone}",
+                )
+            )
     rows += [("note", note) for note in report.notes]
     return [(name, value) for name, value in rows if value]
 

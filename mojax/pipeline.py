@@ -13,18 +13,30 @@ from typing import Any
 import numpy as np
 
 import mojax
-from mojax import calibration, distance, document, evaluation, model_card, text, verify
-from mojax.calibration import Stats, calibrate_block
+from mojax import (
+    calibration,
+    distance,
+    document,
+    evaluation,
+    model_card,
+    outcomes,
+    rewrite,
+    text,
+    verify,
+)
+from mojax.calibration import Stats
 from mojax.checkpoint import Checkpoint, read_json
 from mojax.document import Calibration
 from mojax.errors import InputError, NotFiniteError
 from mojax.evaluation import Report
 from mojax.model import Model, load
 from mojax.models.layers import Block
-from mojax.planner import Plan, plan
-from mojax.program import INPUT
+from mojax.planner import plan
+from mojax.plans import Plan
 from mojax.recipe import Recipe, load_recipe, resolved
-from mojax.transforms.rtn import static_maximum
+from mojax.sources import as_source, reference_for
+from mojax.stream import Stream, transform
+from mojax.transforms.base import Outcome
 from mojax.writer import RECORD, Unit, Writer, refuse, unit_params
 
 Say = Callable[[str], None]
@@ -41,41 +53,54 @@ class Interrupted(Exception):
 def calibrate(model: Model, plan: Plan, tokens: np.ndarray) -> Stats:
     """Statistics of every input that the plan's steps need, block by block.
 
+    What the encoding steps see goes through what they encoded before, so they run here too.
+
     Args:
       tokens: int32 `[sequences, length]`.
+    Raises:
+      InputError: a step tunes whole blocks, which `apply` cannot do with statistics alone.
     """
-    stats = Stats()
+    _untuned(plan)
+    model = as_source(model)
+    stats = rewrite.learned(model, plan, tokens)
+    model = rewrite.rewritten(model, plan, stats)
     if plan.needs:
-        xs = calibration.start(model, tokens)
+        stream = Stream(model, plan, tokens)
         for block in model.blocks:
-            xs, seen = calibrate_block(model, block, xs, plan.observed(block), plan.needs)
-            stats |= seen
+            stats |= stream.make(block).stats
     return stats
 
 
-def apply(model: Model, plan: Plan, stats: Mapping[str, Mapping[str, Any]]) -> Model:
-    """The model with its weights encoded as the plan says. Pure: the given model is unchanged."""
+def apply(
+    model: Model,
+    plan: Plan,
+    stats: Mapping[str, Mapping[str, Any]],
+    log: Callable[[Outcome], None] = lambda outcome: None,
+) -> Model:
+    """The model with its weights encoded as the plan says. Pure: the given model is unchanged.
+
+    Args:
+      log: called with the outcome of every step for every weight.
+    Raises:
+      InputError: a step tunes whole blocks, for which statistics are not enough.
+    """
+    _untuned(plan)
+    model = rewrite.rewritten(as_source(model), plan, stats)
     params: dict[str, Any] = dict(model.params)
     for block in (None, *model.blocks):
         prefix = block.prefix if block else ""
         mine = {r.name: params[r.name] for r in plan.rows if r.block == prefix}
-        params |= apply_block(plan, block, stats, mine)
+        params |= transform(plan, block, mine, stats, log=log)
     return dataclasses.replace(model, params=params, schemes=plan.schemes, cache=plan.cache)
 
 
-def apply_block(
-    plan: Plan, block: Block | None, stats: Mapping[str, Mapping[str, Any]], params: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The leaves of one block (None: of what is outside the blocks) that the plan's steps change or add.
-
-    Args:
-      params: the leaves of that block.
-    """
-    changed = dict(plan.step.apply(params, stats, plan.context(block)))
-    for name in plan.observed(block) if block else ():
-        if name.endswith("_cache"):
-            changed[name + INPUT] = static_maximum(name, stats)
-    return changed
+def _untuned(plan: Plan) -> None:
+    named = zip(plan.recipe.steps, plan.steps, strict=True)
+    if tuning := [name for (name, _), step in named if step.tune]:
+        raise InputError(
+            f"steps: {tuning[0]} tunes whole blocks on their activations, which statistics do not hold; use "
+            "mojax.optimize or `mojax quantize`, which do it block by block, or leave this step out"
+        )
 
 
 def optimize(
@@ -113,7 +138,7 @@ def optimize(
       LimitError: too far from the source, or not finite at all. Interrupted: `interrupted` said so.
     """
     begun = time.monotonic()
-    model = load(source, revision=revision, generic=generic)
+    model = as_source(load(source, revision=revision, generic=generic))
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     todo = plan(model, recipe, format=format, target=target)
     assert model.checkpoint is not None
@@ -125,7 +150,7 @@ def optimize(
         read_text(model, todo, recipe, evaluation_text, "evaluation") if evaluate and model.family else None
     )
     facts = fingerprint(model.checkpoint, todo, seen)
-    writer = Writer(Path(out), todo, model, facts, max_shard_size)
+    writer = Writer(Path(out), todo, _rewritten(model, todo, seen, Path(out)), facts, max_shard_size)
     _write(writer, seen, say, interrupted)
     writer.finish()
     checked = verify.verify(writer.partial, reference=model.checkpoint.folder, plan=todo)
@@ -141,7 +166,13 @@ def optimize(
         worst=evaluation.worst(checked.errors),
         seconds=round(time.monotonic() - begun, 3),
         peak_rss_bytes=evaluation.peak_rss(),
-        notes=(*report.notes, *checked.notes, *calibration.coverage(writer.counts)),
+        steps=outcomes.summary(writer.outcomes),
+        notes=(
+            *report.notes,
+            *checked.notes,
+            *calibration.coverage(writer.counts),
+            *outcomes.notes(writer.outcomes),
+        ),
     )
     model_card.write(writer.partial, model.checkpoint.folder, report, todo)
     if broken is not None:
@@ -151,6 +182,15 @@ def optimize(
         raise LimitError(f"{rejected}: KL to the source is {report.kl_mean:.4f} nats, the limit is {limit}")
     writer.rename()
     return report
+
+
+def _rewritten(model: Model, todo: Plan, seen: text.Tokens | None, out: Path) -> Model:
+    """The model after steps that rewrite it as a whole, as an interrupted run found them if there is one."""
+    refuse(out)
+    found = rewrite.saved(out.with_name(out.name + ".partial"))
+    if not found and seen is not None:
+        found = rewrite.learned(model, todo, seen.ids)
+    return rewrite.rewritten(model, todo, found)
 
 
 def _limit(kl_limit: float | None, recipe: Recipe, out: Path, evaluated: bool) -> float | None:
@@ -206,31 +246,42 @@ def _write_units(writer: Writer, seen: text.Tokens | None, say: Say, interrupted
     """Every unit, in order; those of an interrupted run are only run through."""
     model, todo = writer.model, writer.plan
     blocks = {b.prefix: b for b in model.blocks}
-    xs = calibration.start(model, seen.ids) if seen is not None else []
+    left = any(not writer.done(u) for u in writer.units)
+    stream = Stream(model, todo, seen.ids, writer.scratch, say) if seen is not None and left else None
     begun = time.monotonic()
     for i, unit in enumerate(writer.units):
         block = blocks.get(unit.prefix)
-        stats: Mapping[str, Any] = {}
-        if block is not None and seen is not None and any(not writer.done(u) for u in writer.units[i:]):
-            xs, stats = calibrate_block(model, block, xs, todo.observed(block), todo.needs)
-            if counts := calibration.tokens_per_expert(stats):
-                writer.remember(counts)
-        if not writer.done(unit):
-            _write_unit(writer, unit, block, stats)
-        say(_progress(i + 1, len(writer.units), unit, time.monotonic() - begun))
+        did: list[Outcome] = []
+        if writer.done(unit):
+            if block is not None and stream is not None and any(not writer.done(u) for u in writer.units[i:]):
+                stream.skip(block, writer.read(unit) if todo.sequential else {})
+        else:
+            did = _write_unit(writer, unit, block, stream)
+        say(_progress(i + 1, len(writer.units), unit, time.monotonic() - begun, outcomes.line(did)))
         if interrupted():
             raise Interrupted
 
 
-def _write_unit(writer: Writer, unit: Unit, block: Block | None, stats: Mapping[str, Any]) -> None:
-    """Transform and write one unit; nothing of it is held when this returns."""
+def _write_unit(writer: Writer, unit: Unit, block: Block | None, stream: Stream | None) -> list[Outcome]:
+    """Transform and write one unit; nothing of it is held when this returns but what the steps said."""
     params = unit_params(writer.model, unit)
-    writer.write(unit, params | apply_block(writer.plan, block, stats, params))
+    did: list[Outcome] = []
+    if block is not None and stream is not None:
+        changed, stats = stream.make(block, did.append)
+        counts = calibration.tokens_per_expert(stats)
+    else:
+        changed, counts = transform(writer.plan, block, params, {}, log=did.append), {}
+    if counts or did:
+        writer.remember(counts, did)
+    writer.write(unit, params | changed)
+    return did
 
 
-def _progress(done: int, total: int, unit: Unit, seconds: float) -> str:
+def _progress(done: int, total: int, unit: Unit, seconds: float, did: str = "") -> str:
     name = unit.prefix.rstrip(".") or "embeddings, head"
-    return f"[{done:3d}/{total}] {name}  {seconds:.1f} s  eta {seconds / done * (total - done):.0f} s"
+    return f"[{done:3d}/{total}] {name}  {seconds:.1f} s  eta {seconds / done * (total - done):.0f} s" + (
+        f"  {did}" if did else ""
+    )
 
 
 def read_text(model: Model, todo: Plan, recipe: Recipe, source: str | None, purpose: str) -> text.Tokens:
@@ -319,11 +370,12 @@ def evaluate_folder(folder: str, reference: str, source: str, **numbers: int) ->
     """
     begun = time.monotonic()
     said: dict[str, Any] = document.calibration("--", numbers, separator="") | {"text": source}
-    out, base = load(folder), load(reference)
+    out = load(folder)
+    base = reference_for(out, load(reference))
     assert out.checkpoint is not None
     seen = _tokens(base, Calibration(**_recorded(out.checkpoint.folder) | said), "evaluation")
     report = evaluation.evaluate(out, base, seen.ids, text=seen.origin)
-    errors = distance.weight_errors(out, base) if out.schemes else {}
+    errors = distance.weight_errors(out, rewrite.as_recorded(out, base)) if out.schemes else {}
     return dataclasses.replace(
         report, worst=evaluation.worst(errors), seconds=round(time.monotonic() - begun, 3)
     )

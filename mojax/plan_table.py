@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mojax.planner import Plan, Row
+from mojax.plans import Plan, Row
 
 
 def table(plan: Plan, *, every: bool = False) -> str:
@@ -84,6 +84,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "dtype": r.dtype.name,
             "weights": r.scheme.weights.label if r.scheme else None,
             "inputs": r.scheme.inputs.label if r.scheme and r.scheme.inputs else None,
+            "hadamard": r.scheme.hadamard or None if r.scheme else None,
             "shares_scale_with": r.shared or None,
             "bytes_before": r.before,
             "bytes_after": r.after,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from types import ModuleType
 
@@ -14,157 +14,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import experts, find, fusing, trace
+from mojax.attention import rotatable
+from mojax.cache import Cache, of_rule
+from mojax.checkpoint import Decoded
 from mojax.errors import InputError, PlanError, nearest
-from mojax.formats.base import Format, Scheme
+from mojax.formats.base import Scheme
+from mojax.kernels.hadamard_matrices import factors
 from mojax.model import Model
-from mojax.models.layers import Block
+from mojax.plans import READS, Plan, Row
 from mojax.recipe import Recipe, choose, load_recipe, menu_rows
-from mojax.resolve import decide, resolve_format, resolve_steps
-from mojax.transforms.base import Context, Transform, placed
+from mojax.resolve import decide, made_steps
+from mojax.rewrite import SAVED, outlined, reasons
+from mojax.sources import as_source
+from mojax.transforms.base import Transform
 
 TARGETS = ("vllm", "sglang", "trtllm", "transformers")
+HERE = "mojax"  # a target that is this process: nothing is refused for the sake of a file or a server
 SMOOTHED = "absorbs smoothing scales"  # the reason of a row that a step rewrites
 ROUTERS = ("*.gate.weight", "*router*")  # kept where no family says what to keep
-READS = ("dot", "ragged_dot")  # operations that read a linear's weight
-OUTPUTS = ("report.json", "mojax.json", "hf_quant_config.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor of the source, or one of every expert of a layer, and what becomes of it.
-
-    Attributes:
-      name: the checkpoint's name, experts as `*`.
-      role: linear, embedding, head, norm, bias or other.
-      shape, dtype: in the source; `[experts, out, in]` where the name has a star.
-      block: the prefix of its block, "" outside the blocks.
-      scheme: the formats of weight and input; None for a tensor that is kept.
-      shared: an id for the tensors that share one outer scale, "" for none.
-      before, after: bytes on disk, scales included.
-      reason: why it is kept, or what is folded into it.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    block: str
-    scheme: Scheme | None
-    shared: str
-    before: int
-    after: int
-    reason: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors of the source."""
-        return experts.expand(self.name, self.shape[0] if self.shape else 1)
-
-    @property
-    def matrix(self) -> tuple[int, ...]:
-        """The shape of one of them."""
-        return self.shape[1:] if experts.starred(self.name) else self.shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A recipe resolved for one model, one dialect and one target."""
-
-    rows: tuple[Row, ...]
-    recipe: Recipe
-    dialect: ModuleType
-    target: str
-    step: Transform
-    sites: Mapping[str, tuple[trace.Site, ...]]  # by kind of block, names without the block's prefix
-    cache: Format | None
-    source_parameters: int
-
-    @functools.cached_property
-    def schemes(self) -> dict[str, Scheme]:
-        """By module, what is encoded."""
-        return {r.name.removesuffix(".weight"): r.scheme for r in self.rows if r.scheme is not None}
-
-    @functools.cached_property
-    def modules(self) -> dict[str, Scheme]:
-        """The same by the names in the files, every expert by itself."""
-        return experts.spread(self.schemes, {r.name: r.shape for r in self.rows if r.scheme is not None})
-
-    @functools.cached_property
-    def needs(self) -> tuple[str, ...]:
-        """The statistics that must be calibrated; none means that no data is needed."""
-        static = any(s.inputs is not None and s.inputs.static for s in self.schemes.values()) or self.cache
-        needs = [*self.step.needs, *(["absmax"] if static else [])]
-        counted = needs and any(experts.starred(m) for m in self.schemes)  # which experts saw tokens
-        return tuple(dict.fromkeys([*needs, *(["count"] if counted else [])]))
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(r.before for r in self.rows)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(r.after for r in self.rows)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 x bytes of all written tensors / parameters of the source."""
-        return 8 * self.bytes_after / self.source_parameters
-
-    @property
-    def bits_per_quantized_weight(self) -> float | None:
-        """The same over the encoded tensors alone; None if there are none."""
-        rows = [r for r in self.rows if r.scheme is not None]
-        return 8 * sum(r.after for r in rows) / sum(int(np.prod(r.shape)) for r in rows) if rows else None
-
-    def context(self, block: Block | None) -> Context:
-        """What the transforms may know of one block (None: of what is outside), in checkpoint names."""
-        p = block.prefix if block else ""
-        sites = placed(self.sites.get(block.kind, ()) if block else (), p)
-        mine = [r for r in self.rows if r.block == p]
-        groups: dict[str, list[str]] = {}
-        for r in mine:
-            if r.shared:
-                groups.setdefault(r.shared, []).append(r.name)
-        schemes = {r.name.removesuffix(".weight"): r.scheme for r in mine if r.scheme is not None}
-        return Context(
-            sites,
-            schemes,
-            tuple(tuple(g) for g in groups.values()),
-            frozenset(r.name for r in mine if choose(self.recipe, r.name).weights == "keep"),
-        )
-
-    def observed(self, block: Block) -> dict[str, str]:
-        """What calibration must watch: weight or cache name -> the first name that has the same input."""
-        first: dict[int, str] = {}
-        context = self.context(block)
-        out = {}
-        for s in context.sites:
-            wanted = s.weight.removesuffix(".weight") in context.schemes
-            if (s.op in READS and wanted) or (s.op == "cache" and self.cache is not None):
-                out[s.weight] = first.setdefault(s.group, s.weight)
-        return out
-
-    def memory(self, tokens: int) -> int:
-        """Bytes to expect: the largest block three times (experts five), activations of `tokens` twice."""
-        size: dict[str, int] = {}
-        for r in self.rows:  # experts are stacked and decoded whole
-            size[r.block] = size.get(r.block, 0) + r.before * (5 if experts.starred(r.name) else 3)
-        hidden = max((r.shape[-1] for r in self.rows if r.role == "embedding"), default=0)
-        return max(size.values()) + 2 * tokens * hidden * 4
+OUTPUTS = ("report.json", "mojax.json", "hf_quant_config.json", SAVED)
 
 
 def plan(
     model: Model, recipe: str | Recipe, *, format: str = "compressed-tensors", target: str = "vllm"
 ) -> Plan:
-    """Resolve a recipe for a model. Reads no weight.
+    """Resolve a recipe for a model. Reads no weight. A quantized source is planned as what it decodes to.
 
     Args:
       model: from `mojax.load`.
       recipe: a name (`mojax recipes`), a file, or a Recipe.
       format: the checkpoint dialect, a file of `converters/` that can write.
-      target: who must be able to load it: vllm, sglang, trtllm or transformers.
+      target: who must be able to load it: vllm, sglang, trtllm or transformers. Or "mojax": this process
+        alone, for `mojax.apply`, `evaluate` and `run`; such a plan cannot be written.
     Raises:
-      InputError: an unknown name; a source that is quantized already.
+      InputError: an unknown name; a model whose weights were quantized in memory.
       PlanError: every problem found.
     """
     if not isinstance(model, Model):
@@ -178,22 +61,27 @@ def plan(
         raise InputError(
             f"--format={format}: this dialect is read, not written; write compressed-tensors or modelopt"
         )
-    if target not in TARGETS:
+    if target not in (*TARGETS, HERE):
         raise InputError(f"--target={target}: unknown target{nearest(target, TARGETS)}")
-    if model.schemes:
+    source = as_source(model)
+    if source.cache is not None:
         raise InputError(
-            f"{model.checkpoint.folder if model.checkpoint else 'the model'}: is quantized already "
-            f"({next(iter(model.schemes.values())).label}); `mojax convert` writes it in another dialect, "
-            "and quantizing needs the source in full precision"
+            f"the source's key/value cache is quantized already ({source.cache.label}); start from the "
+            "checkpoint that it was made from"
         )
-    return _Planner(model, recipe, dialect, target).plan()
+    return _Planner(source, recipe, dialect, target).plan()
 
 
 class _Planner:
     """The steps of `plan`, sharing what they found."""
 
-    def __init__(self, model: Model, recipe: Recipe, dialect: ModuleType, target: str):
+    def __init__(self, source: Model, recipe: Recipe, dialect: ModuleType, target: str):
+        self.steps = made_steps(recipe)
+        model = outlined(
+            source, self.steps
+        )  # what is to be encoded: the source as whole-model steps leave it
         self.model, self.recipe, self.dialect, self.target = model, recipe, dialect, target
+        self.source, self.turned = source, reasons(source, recipe, self.steps)
         assert model.checkpoint is not None
         self.files = model.tensors
         self.folder = model.checkpoint.folder
@@ -204,24 +92,26 @@ class _Planner:
         self.routers = frozenset(prefix + s.weight for prefix, s in prefixes if s.router)
 
     def plan(self) -> Plan:
-        step = resolve_steps(self.recipe)
+        steps = self.steps
         rows = [self._row(name) for name in self.files]
         shared = fusing.share(rows, self.model, self.recipe, self.target, self.problems.append)
         rows = [dataclasses.replace(r, shared=shared.get(r.name, "")) for r in rows]
         cache = self._cache()
         self._unmatched()
-        self._data(rows, step, cache)
-        if not any(r.scheme for r in rows) and not self.problems:
+        self._data(rows, steps, cache)
+        if cache is not None:
+            self._loads(cache, any(r.scheme for r in rows))
+        elif not any(r.scheme for r in rows) and not self.problems:
             self.problems.append(
                 "nothing would be quantized: every tensor is kept; see `mojax plan` without --keep"
             )
         for name in OUTPUTS:
-            if (self.folder / name).exists():
+            if (self.folder / name).exists() and not isinstance(self.model.checkpoint, Decoded):
                 self.problems.append(
                     f"{name}: the source has a file of this name, which the output writes; remove it"
                 )
-        count = sum(int(np.prod(r.shape)) for r in rows)
-        made = Plan(tuple(rows), self.recipe, self.dialect, self.target, step, self.sites, cache, count)
+        count = sum(int(np.prod(r.shape)) for r in rows if r.name in self.source.tensors)
+        made = Plan(tuple(rows), self.recipe, self.dialect, self.target, steps, self.sites, cache, count)
         if not self.problems:
             self._config(made)
         if self.problems:
@@ -230,6 +120,8 @@ class _Planner:
 
     def _config(self, made: Plan) -> None:
         """What the dialect cannot say in one config, before hours of work."""
+        if self.target == HERE:
+            return
         try:
             self.dialect.config(made.modules, (), made.cache)
         except InputError as error:
@@ -237,9 +129,11 @@ class _Planner:
 
     def _rewritten(self, made: Plan) -> Plan:
         """The plan with a note on the tensors that are not encoded and change all the same."""
-        names = {n for block in self.model.blocks for n in made.step.rewrites(made.context(block))}
-        noted = (dataclasses.replace(r, reason=SMOOTHED) if r.name in names else r for r in made.rows)
-        return dataclasses.replace(made, rows=tuple(noted))
+        names = {n for block in self.model.blocks for n in made.migration.rewrites(made.context(block))}
+        noted = {r.name: self.turned[r.name] for r in made.rows if r.scheme is None and r.name in self.turned}
+        noted |= {n: f"{noted[n]}, {SMOOTHED}" if n in noted else SMOOTHED for n in names}
+        rows = (dataclasses.replace(r, reason=noted.get(r.name, r.reason)) for r in made.rows)
+        return dataclasses.replace(made, rows=tuple(rows))
 
     def _trace(self) -> tuple[dict[str, tuple[trace.Site, ...]], dict[str, str]]:
         """Sites by kind of block, and the role of every tensor that the trace reaches."""
@@ -282,10 +176,11 @@ class _Planner:
     def _row(self, name: str) -> Row:
         dtype, shape = self.files.spec(name)
         role = self._role(name, shape)
-        before = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        before = size if name in self.source.tensors else 0
         prefix = next((b.prefix for b in self.model.blocks if name.startswith(b.prefix)), "")
         scheme, reason = self._scheme(name, role)
-        after = before
+        after = size
         if scheme is not None:
             trouble = self._trouble(name, np.dtype(dtype), tuple(shape), scheme)
             if trouble:
@@ -298,9 +193,12 @@ class _Planner:
 
     def _trouble(self, name: str, dtype: np.dtype, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Why this tensor cannot be encoded, written or loaded so, or None."""
-        if refusal := self.dialect.check(scheme, self.target, dtype, experts.starred(name)):
-            return refusal
+        here = self.target == HERE
+        if not here and (said := self.dialect.check(scheme, self.target, dtype, experts.starred(name))):
+            return said
         _, matrix = _apart(name, shape)
+        if scheme.hadamard and (said := self._rotation(name, scheme.hadamard, matrix[-1])):
+            return said
         if indivisible := scheme.weights.check(matrix):
             keep = name.split("*")[0] + "*" if experts.starred(name) else name
             return (
@@ -320,6 +218,19 @@ class _Planner:
             self.dialect.layout(name.removesuffix(".weight"), matrix, dtype, scheme)
         except InputError as error:
             return str(error)
+        return None
+
+    def _rotation(self, name: str, block: int, width: int) -> str | None:
+        """Why the inputs of a linear, of `width` channels, cannot be rotated by Hadamard blocks, or None."""
+        if width % block or factors(block) is None:
+            found = f"{name}: has {width} input channels, which Hadamard blocks of {block} do not divide"
+            if not width % block:
+                found = f"{name}: no Hadamard matrix of order {block} is known here"
+            return f"{found}; use hadamard: {width & -width} or a smaller power of two, or none"
+        if self.target == "vllm" and name == "lm_head.weight":
+            return f"{name}: vllm does not rotate the input of the head; give it hadamard: none"
+        if self.target == "vllm" and name.removesuffix("weight") + "bias" in self.files:
+            return f"{name}: has a bias, and vllm runs rotated linears without; give it hadamard: none"
         return None
 
     def _scheme(self, name: str, role: str) -> tuple[Scheme | None, str]:
@@ -343,28 +254,38 @@ class _Planner:
             return None, "tied"
         return scheme, reason
 
-    def _cache(self) -> Format | None:
-        """The format of the key/value cache, one for all layers."""
+    def _cache(self) -> Cache | None:
+        """How the key/value cache is kept, and what attention multiplies: the same for all layers."""
         blocks = [block.prefix for block in self.model.blocks] or [""]
-        by_layer = {p: choose(self.recipe, f"{p}self_attn.k_proj.weight").kv_cache or "none" for p in blocks}
-        asked = sorted(set(by_layer.values()))
-        if asked == ["none"]:
-            return None
-        if len(asked) > 1:
-            odd = next(p for p, a in by_layer.items() if a != asked[0])
+        rules = {p: choose(self.recipe, f"{p}self_attn.k_proj.weight") for p in blocks}
+        asked = {p: (rule.kv_cache or "none", rule.attention or "none") for p, rule in rules.items()}
+        first = asked[blocks[0]]
+        if odd := next((p for p, said in asked.items() if said != first), None):
             self.problems.append(
-                f"kv_cache: {odd}self_attn would have {by_layer[odd]} and others not; servers have one "
-                "format for the cache of all layers, so give the rule match: '*'"
+                f"kv_cache: {odd}self_attn would have another than {blocks[0]}self_attn; servers have one "
+                "format for the cache of all layers, so give the rule match: '*' (skip_first and skip_last "
+                "leave out layers at the ends)"
             )
             return None
-        if asked != ["fp8"]:
-            self.problems.append(f"kv_cache: {asked[0]} is not a cache format here; known: fp8, none")
+        try:
+            cache = of_rule(*first, self.dialect.ARITHMETIC)
+        except InputError as error:
+            self.problems.append(str(error))
             return None
-        return resolve_format({"format": "fp8"}, "kv_cache", self.dialect.ARITHMETIC)
+        if cache is not None and self.model.family is not None:
+            c = self.model.hyper
+            shape = len(blocks), c.num_key_value_heads, c.head_dim, rotatable(c.head_dim)
+            self.problems += [said] if (said := cache.check(*shape)) else []
+        return cache
 
-    def _data(self, rows: list[Row], step: Transform, cache: Format | None) -> None:
+    def _loads(self, cache: Cache, encodes: bool) -> None:
+        """Whether the target can load the cache."""
+        if self.target != HERE and (said := self.dialect.check_cache(cache, self.target, encodes)):
+            self.problems.append(f"{said}; target {HERE!r} evaluates it in this process, without a file")
+
+    def _data(self, rows: list[Row], steps: Sequence[Transform], cache: Cache | None) -> None:
         static = any(r.scheme and r.scheme.inputs and r.scheme.inputs.static for r in rows)
-        if self.model.family is None and (static or step.needs or cache):
+        if self.model.family is None and (static or any(s.needs or s.tune for s in steps) or cache):
             self.problems.append(
                 f"{self.recipe.name} needs calibration, and model_type "
                 f"{self.model.config.get('model_type')!r} has no "

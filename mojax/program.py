@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mojax import experts, interpret, simulate
+from mojax import attention, experts, interpret, simulate
+from mojax.cache import Cache
 from mojax.compile import jit
 from mojax.formats.base import Format, QTensor
 
+MEAN = "_cache.mean"  # leaf of an affine cache: the mean of every channel
 INPUT = ".input_scale"  # leaf beside `.weight`: the largest input magnitude that calibration saw
 
 
@@ -22,7 +24,9 @@ class Program(NamedTuple):
     family: ModuleType
     config: Any
     kind: str
-    inputs: tuple[tuple[str, Format], ...] = ()  # (module or cache, format) whose values are simulated
+    inputs: tuple[tuple[str, Format], ...] = ()  # (module, format) whose values are simulated
+    cache: Cache | None = None  # of this layer
+    rotated: tuple[tuple[str, int], ...] = ()  # (module, order of the Hadamard blocks that rotate its input)
 
 
 @jit(static_argnums=(0, 1))
@@ -41,10 +45,31 @@ def head(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
 def run_block(program: Program, params: Mapping[str, Any], x: Any) -> jax.Array:
     """One block on `x [batch, length, hidden]`; quantized inputs are rounded as a server rounds them."""
 
-    def block(config: Any, params: Mapping[str, Any], x: Any) -> jax.Array:
-        return program.family.block(config, program.kind, params, x, jnp.arange(x.shape[1]))
+    return simulated(program, block_of(program))(params, x, cache_scales(params))
 
-    return simulated(program, block)(params, x)
+
+def block_of(program: Program) -> Callable[..., jax.Array]:
+    """`fn(config, params, x, scales)`: the block with its cache rounded, for `simulated` and `watched`.
+
+    `scales` are the `cache_scales` of its params.
+    """
+    cache = program.cache
+
+    def block(config: Any, params: Mapping[str, Any], x: Any, scales: attention.Scales) -> jax.Array:
+        own = {"attend": attention.over_text(cache, scales)} if cache is not None else {}
+        return program.family.block(config, program.kind, params, x, jnp.arange(x.shape[1]), **own)
+
+    return block
+
+
+def cache_scales(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What calibration found for the cache, of the leaves of one block: see `mojax.cache.Cache.leaves`."""
+    names = {
+        f"self_attn.{kv}{end}": kv + key
+        for kv in "kv"
+        for end, key in (("_cache" + INPUT, ""), (MEAN, "_mean"))
+    }
+    return {key: params[name] for name, key in names.items() if name in params}
 
 
 def simulated(program: Program, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,28 +77,44 @@ def simulated(program: Program, fn: Callable[..., Any]) -> Callable[..., Any]:
 
     `params` of `g` also holds the static scales, `<module>.input_scale`.
     """
-    inputs = dict(program.inputs)
+    run = watched(program, fn, None)
+    return lambda params, *args: run(params, *args)[0]
+
+
+Look = Callable[[interpret.Place, Callable[[], Any]], Any]
+
+
+def watched(program: Program, fn: Callable[..., Any], look: Look | None) -> Callable[..., Any]:
+    """`simulated`, but `g(params, *args) -> (y, taps)`; `look(place, rounded)` gives the tap of a place.
+
+    `rounded()` is the input of the place as its operation gets it.
+    """
+    inputs, turns = dict(program.inputs), dict(program.rotated)
 
     def call(params: Mapping[str, Any], *args: Any) -> Any:
-        def quantize(place: interpret.Place) -> tuple[Any, None]:
+        def quantize(place: interpret.Place) -> tuple[Any, Any]:
             module = place.name.removesuffix(".weight")
+            turned = module in turns and place.op != "gather"
+            place = simulate.rotated(turns[module], place) if turned else place
             if module not in inputs or place.op == "gather":
-                return None, None
+                tap = look(place, lambda: place.x) if look else None
+                return place.run() if turned else None, tap
             amax = params.get(module + INPUT)
-            if place.op == "cache" and amax is None and inputs[module].static:
-                return inputs[module].fake(place.x, jnp.float32(1)), None  # as servers take a missing scale
-            return simulate.rounded(inputs[module], place, amax), None
+            tap = look(place, lambda: simulate.round_input(inputs[module], place, amax)) if look else None
+            return simulate.rounded(inputs[module], place, amax), tap
 
         def plain(weights: Mapping[str, Any], *args: Any) -> Any:
             return fn(program.config, weights, *args)
 
-        weights = {name: leaf for name, leaf in params.items() if not name.endswith(INPUT)}
+        weights = {name: leaf for name, leaf in params.items() if not name.endswith((INPUT, MEAN))}
         if (
-            inputs
+            look
+            or inputs
+            or turns
             or any(isinstance(leaf, QTensor) for leaf in weights.values())
             or any(map(experts.starred, weights))  # the interpreter's product of groups is faster
         ):
-            return interpret.intercept(plain, quantize)(weights, *args)[0]
-        return plain(weights, *args)
+            return interpret.intercept(plain, quantize)(weights, *args)
+        return plain(weights, *args), {}
 
     return call

@@ -21,6 +21,8 @@ from mojax import document
 from mojax.document import SAYS, Calibration, Document, Menu, Rule
 from mojax.errors import InputError, nearest
 
+LAYERS = "layers"  # folder of what is no recipe by itself
+
 # What others call the same thing: compressed-tensors' presets, then ModelOpt's constants without `_CFG`.
 CALLED = {
     "FP8": "fp8",
@@ -64,6 +66,12 @@ class Recipe:
 def names() -> tuple[str, ...]:
     """The shipped recipes."""
     files = importlib.resources.files("mojax.recipes").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+
+
+def layers() -> tuple[str, ...]:
+    """The shipped parts of recipes, such as steps alone, that a recipe can extend beside one with rules."""
+    files = importlib.resources.files("mojax.recipes").joinpath(LAYERS).iterdir()
     return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
@@ -223,7 +231,8 @@ def _lineage(wanted: str, folder: Path, trust: bool, trail: tuple[str, ...]) -> 
             raise InputError(f"{wanted!r} is not the name of a file") from None
     else:
         at = key = _shipped(wanted)
-        path = Path(str(importlib.resources.files("mojax.recipes"))) / f"{key}.yaml"
+        folder = Path(str(importlib.resources.files("mojax.recipes")))
+        path = folder / (LAYERS if key in layers() else "") / f"{key}.yaml"
     if key in trail:
         raise InputError(f"{at}: extends itself: {' -> '.join((*trail, key))}")
     said = document.check(at, document.read(path, at, trust), path.stem, shipped=not is_file)
@@ -244,7 +253,7 @@ def _with_parents(
 def _shipped(wanted: str) -> str:
     """The shipped recipe of this name (`-` and `_` are the same), or the reason why there is none."""
     name = wanted.replace("-", "_")
-    if name in names():
+    if name in names() or name in layers():
         return name
     upper = name.upper().removesuffix("_CFG")
     ours = CALLED.get(upper, name.lower())
@@ -252,4 +261,4 @@ def _shipped(wanted: str) -> str:
         raise InputError(f"{wanted} is called {ours} here")
     if os.path.isfile(f"{wanted}.yaml"):
         raise InputError(f"no shipped recipe is called {wanted!r}; for the file say {wanted}.yaml")
-    raise InputError(f"no shipped recipe is called {wanted!r}{nearest(name, names())} (a file ends in .yaml)")
+    raise InputError(f"no shipped recipe is called {wanted!r}{nearest(name, (*names(), *layers()))} (a file ends in .yaml)")

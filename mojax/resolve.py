@@ -11,7 +11,7 @@ from mojax import find
 from mojax.errors import InputError, nearest
 from mojax.formats.base import Format, Scheme
 from mojax.recipe import Recipe, choose
-from mojax.transforms.base import Transform, chain
+from mojax.transforms.base import Transform
 
 
 def decide(
@@ -38,9 +38,10 @@ def decide(
     if not by_full_name and (role == "head" or any(fnmatchcase(name, glob) for glob in keep)):
         return None, "head: servers want it in full precision" if role == "head" else "by default"
     weights = resolve_format(said.weights, f"rules: {rule.match}: weights", arithmetic)
-    if said.inputs is None or said.inputs == "none":
-        return Scheme(weights), ""
-    return Scheme(weights, resolve_format(said.inputs, f"rules: {rule.match}: inputs", arithmetic)), ""
+    inputs = None
+    if said.inputs is not None and said.inputs != "none":
+        inputs = resolve_format(said.inputs, f"rules: {rule.match}: inputs", arithmetic)
+    return Scheme(weights, inputs, said.hadamard or 0), ""
 
 
 def resolve_format(spec: Mapping[str, Any] | str, where: str, arithmetic: str) -> Format:
@@ -59,21 +60,12 @@ def resolve_format(spec: Mapping[str, Any] | str, where: str, arithmetic: str) -
     return kind(**options, arithmetic=arithmetic)
 
 
-def resolve_steps(recipe: Recipe) -> Transform:
-    """The steps of a recipe as one transform.
-
-    Raises:
-      InputError: as `made_steps`.
-    """
-    return chain(*made_steps(recipe))
-
-
 def made_steps(recipe: Recipe) -> tuple[Transform, ...]:
     """The steps of a recipe, each a transform; the last one encodes.
 
     Raises:
-      InputError: an unknown step or option, a value of the wrong type, or no order in which weights end up
-        encoded.
+      InputError: an unknown step or option, a value of the wrong type, or an order that cannot be right: a
+        rewrite after what it would undo, a step twice, a last step that does not encode.
     """
     steps = []
     for name, options in recipe.steps:
@@ -87,9 +79,34 @@ def made_steps(recipe: Recipe) -> tuple[Transform, ...]:
         except TypeError as error:
             said = ", ".join(f"{key}: {value!r}" for key, value in options.items())
             raise InputError(f"steps: {name} cannot use {said}; a value is of the wrong type") from error
-    if [step.encodes for step in steps] != [False] * (len(steps) - 1) + [True]:
-        said = ", ".join(name for name, _ in recipe.steps)
-        raise InputError(
-            f"steps: found [{said}]; exactly one step must encode the weights (rtn), and it must be the last"
-        )
+    _ordered([name for name, _ in recipe.steps], steps)
     return tuple(steps)
+
+
+PHASES = ("model", "block", "encode", "tune")
+DOES = {
+    "model": "rewrites the whole model",
+    "block": "moves what is hard to round between weights",
+    "encode": "chooses scales, codes, or what they stand for",
+    "tune": "tunes whole blocks",
+}
+
+
+def _ordered(names: Sequence[str], steps: Sequence[Transform]) -> None:
+    """Raises InputError for an order that cannot be right."""
+    for i in range(1, len(steps)):
+        before, after = steps[i - 1].phase, steps[i].phase
+        if PHASES.index(after) < PHASES.index(before):
+            raise InputError(
+                f"steps: {names[i]} {DOES[after]} and stands after {names[i - 1]}, which {DOES[before]} for "
+                f"the weights as they were; put {names[i]} first"
+            )
+    twice = [name for i, name in enumerate(names) if name in names[:i] and steps[i].phase != "encode"]
+    if twice:
+        raise InputError(f"steps: {twice[0]} stands twice; remove one")
+    if not steps[-1].encodes:
+        said = ", ".join(names)
+        raise InputError(
+            f"steps: found [{said}]; the last step must encode the weights (rtn rounds to nearest), and "
+            f"{names[-1]} does not"
+        )

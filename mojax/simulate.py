@@ -13,6 +13,7 @@ from jax import lax
 from mojax.formats.base import Format, encode_leaf
 from mojax.interpret import Place
 from mojax.kernels.base import decoded
+from mojax.kernels.hadamard import hadamard
 from mojax.packed import Inputs
 
 
@@ -43,6 +44,25 @@ def round_weight(
     """
     inner = tuple(a - taken for a in contract), tuple(a - taken for a in batch[taken:])
     return straight(w, decoded(encode_leaf(format, lax.stop_gradient(w), *inner)))
+
+
+def rotated(block: int, place: Place) -> Place:
+    """The place with its input rotated by Hadamard blocks of this order along the contracted axes.
+
+    Summed in float32 and rounded to the dtype of the input, as compressed-tensors does it; the gradient is
+    that of the rotation.
+    """
+    axes = place.axes or (place.x.ndim - 1,)
+    order = [*(d for d in range(place.x.ndim) if d not in axes), *axes]
+    moved = place.x.transpose(order)
+    rows = moved.reshape(*moved.shape[: place.x.ndim - len(axes)], -1)
+    turned = hadamard(rows, block=block, implementation="xla").reshape(moved.shape)
+    turned = turned.transpose(np.argsort(order))
+
+    def run(x: Any = None, w: Any = None, rounding: Inputs | None = None) -> jax.Array:
+        return place.run(turned if x is None else x, w, rounding)
+
+    return place._replace(x=turned, run=run)
 
 
 def round_input(format: Format, place: Place, amax: Any = None) -> jax.Array:

@@ -11,15 +11,22 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mojax import checkpoint, experts, model
+from mojax import checkpoint, experts, model, rewrite
 from mojax.converters import base as dialects
-from mojax.distance import folded, weight_errors
+from mojax.distance import exact_blocks, folded, recorded, weight_errors
 from mojax.errors import InputError
 from mojax.formats.base import Format, QTensor
 from mojax.model import Model
-from mojax.planner import Plan
+from mojax.planner import OUTPUTS
+from mojax.plans import Plan
+from mojax.sources import as_source
 
 PIECE = 2**24  # bytes compared at a time
+NEAR = 2.0**-7  # relative: another machine adds in another order, and rounds a few entries otherwise
+ELSEWHERE = (
+    "its norm gains are 1 and the source's are not: they were folded into the weights, as rotations need, "
+    "and no mojax.json says which rotation; weights were not compared with the source's"
+)
 LARGEST_ERROR = 0.5  # relative: a wrong nibble order or scale gives 1 or more, the coarsest format 0.2
 
 
@@ -58,10 +65,11 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
       VerifyError: every difference found.
     """
     out = model.load(folder, generic=True)
-    if not out.schemes:
+    if not out.schemes and out.cache is None:
         raise InputError(f"{folder}: is not quantized (config.json has no quantization_config)")
-    source = model.load(reference, generic=True) if reference is not None else None
-    check = _Check(out, source, plan)
+    source = as_source(model.load(reference, generic=True)) if reference is not None else None
+    turned = rewrite.as_recorded(out, source) if source is not None else None
+    check = _Check(out, turned, plan)
     if plan is None:  # else it was written a moment ago
         assert out.checkpoint is not None
         check.differences += changed_files(out.checkpoint.folder)
@@ -70,10 +78,14 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
     if not check.broken:
         check.fused()
     errors: dict[str, float] = {}
-    if source is not None:
-        check.kept()
+    if source is not None and turned is not None:
+        check.decoded()
         check.files()
-        errors = {} if check.broken else check.errors()
+        if rewrite.turned_elsewhere(out, source):
+            check.notes.append(ELSEWHERE)
+        else:
+            check.kept(rewrite.remade(source, turned))
+            errors = {} if check.broken else check.errors()
     if check.differences:
         raise VerifyError(check.differences)
     assert out.checkpoint is not None
@@ -113,9 +125,14 @@ class _Check:
             self.differences.append(
                 f"config.json and the plan disagree on what is encoded: {', '.join(odd[:10])}"
             )
+        said, meant = (
+            c and (c.kinds, c.per) for c in (out.cache, plan.cache if plan is not None else out.cache)
+        )
+        if said != meant:
+            self.differences.append(f"config.json says a key/value cache of {said}, the plan {meant}")
         for module, scheme in (plan.schemes if plan is not None else {}).items():
             found = out.schemes.get(module, scheme)
-            if [dialects.plain(f) for f in found] != [dialects.plain(f) for f in scheme]:
+            if dialects.plain_scheme(found) != dialects.plain_scheme(scheme):
                 said, meant = dialects.label(found), dialects.label(scheme)
                 self.differences.append(f"{module}: config.json says {said}, the plan {meant}")
 
@@ -131,7 +148,10 @@ class _Check:
                 continue
             for name, spec in want.items():
                 if name not in self.files_out:
-                    self.differences.append(f"{name}: missing; {scheme.weights.label} needs it")
+                    if not name.endswith(model.MATRIX):  # `read` says which of these must be there
+                        self.differences.append(f"{name}: missing; {scheme.weights.label} needs it")
+                    continue
+                if name.endswith(dialects.varies(self.dialect)):
                     continue
                 dtype, shape = self.files_out.spec(name)
                 if tuple(shape) != tuple(spec.shape):
@@ -222,8 +242,21 @@ class _Check:
                 "requantizes to the largest, which costs accuracy: share_scale: true avoids it"
             )
 
-    def kept(self) -> None:
-        """What was not encoded is there, byte for byte, unless the plan rewrote it."""
+    def decoded(self) -> None:
+        """A source that is quantized itself is worth a note."""
+        assert self.source is not None
+        if isinstance(files := self.source.checkpoint, checkpoint.Decoded):
+            self.notes.append(
+                f"the source is quantized itself: {files.said}; it was decoded to {self.source.dtype.name}, "
+                "and KL and errors are to the decoded weights with inputs as they are"
+            )
+
+    def kept(self, remade: frozenset[str]) -> None:
+        """What was not encoded is there, byte for byte, unless the plan rewrote it.
+
+        Args:
+          remade: tensors of the source that were turned, which must be near.
+        """
         assert self.source is not None and self.source.checkpoint is not None
         files = self.source.checkpoint
         moved = (f for found in folded(self.out, self.source).values() for f in found)
@@ -236,6 +269,8 @@ class _Check:
             if name not in self.files_out:
                 self.differences.append(f"{name}: is in the source, but was not written")
                 self.broken = True
+            elif name in remade and name not in rewritten and near(files[name], self.files_out[name]):
+                continue
             elif name not in rewritten and not same_bytes(files[name], self.files_out[name]):
                 self.differences.append(f"{name}: was to be kept, but its bytes differ from the source's")
         endings = (*self.dialect.SUFFIXES, ".weight")
@@ -245,6 +280,7 @@ class _Check:
                 name not in known
                 and module not in self.encoded
                 and not name.endswith((".k_scale", ".v_scale"))
+                and not model.turns(name, self.encoded)
             ):
                 self.differences.append(f"{name}: is neither in the source nor part of an encoded tensor")
 
@@ -252,7 +288,10 @@ class _Check:
         """Every other file of the source is there, byte for byte."""
         assert self.source is not None and self.source.checkpoint is not None
         folder = self.source.checkpoint.folder
+        old = OUTPUTS if isinstance(self.source.checkpoint, checkpoint.Decoded) else ()
         for path in checkpoint.side_files(folder):
+            if path.parent == folder and path.name in old:
+                continue  # the output has its own
             copy = self.files_out.folder / path.relative_to(folder)
             if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
                 self.differences.append(
@@ -263,6 +302,10 @@ class _Check:
         """Relative error of every encoded weight against the source."""
         assert self.source is not None
         found = weight_errors(self.out, self.source)
+        recipe = self.plan.recipe if self.plan is not None else recorded(self.out)
+        if recipe is not None and "cast" in {name for name, _ in recipe.steps}:
+            exact, total = exact_blocks(self.out, self.source)
+            self.notes.append(f"cast: {exact} of {total} blocks decode to exactly the numbers of the source")
         for name, error in found.items():
             if not error < LARGEST_ERROR:
                 self.differences.append(
@@ -285,6 +328,16 @@ def _fused(m: Model) -> Iterator[tuple[Format, list[str]]]:
 
 def _narrow(files: checkpoint.Checkpoint, name: str) -> bool:
     return np.dtype(files.spec(name).dtype).itemsize < 2
+
+
+def near(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors differ by roundings: |a - b| / |a| (Frobenius) is at most `NEAR`."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if same_bytes(a, b):
+        return True
+    x, y = (np.asarray(v, np.float32) for v in (a, b))
+    return bool(np.linalg.norm(x - y) <= NEAR * np.linalg.norm(x))
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:

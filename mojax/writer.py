@@ -7,21 +7,27 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mojax import checkpoint, experts
+from mojax.cache import LARGEST
 from mojax.errors import InputError
-from mojax.formats.base import QTensor
+from mojax.formats.base import QTensor, Scheme
 from mojax.model import Model
-from mojax.planner import OUTPUTS, Plan, Row
+from mojax.planner import HERE, OUTPUTS, TARGETS
+from mojax.plans import Plan, Row
 from mojax.program import INPUT
+from mojax.rewrite import save
+from mojax.transforms.base import Outcome
 
 RECORD = "mojax.json"  # the facts; older than anything else in OUT.partial, so its time is when the run began
 COUNTS = "tokens_per_expert"  # in the record, by layer
+OUTCOMES = "outcomes"  # in the record, of the steps
+SCRATCH = "scratch"  # folder in OUT.partial, gone when the output is finished
 OURS = (RECORD, "report.json", "README.md")  # not among the files whose digests are recorded
 
 
@@ -70,27 +76,74 @@ class Writer:
         self.units = units(plan, model, max_shard_size)
         self.source = model.checkpoint
         refuse(out)
+        if plan.target == HERE:
+            raise InputError(
+                f"{out}: the plan is for this process alone (target {HERE}), and may hold what no server "
+                f"loads; plan with one of {', '.join(TARGETS)} to write it"
+            )
         if self.source is not None:
             _outside(out, self.source.folder)
         self.facts = json.loads(json.dumps(dict(facts) | {"max_shard_size": max_shard_size}))
         self.counts: dict[str, list[int]] = {}
+        self.outcomes: list[Outcome] = []
         if self.partial.exists():
-            self.counts = _same(self.partial, self.facts, self.source)
-            self.facts |= {COUNTS: self.counts} if self.counts else {}
+            found = _same(self.partial, self.facts, self.source)
+            self.counts = found.get(COUNTS, {})
+            self.outcomes = [Outcome(*o) for o in found.get(OUTCOMES, ())]
+            self.facts |= found
         _room(out, plan.bytes_after, self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._record(self.facts)
+        save(self.partial, model)
 
     def _record(self, facts: Mapping[str, Any]) -> None:
         path = self.partial / RECORD
         if not path.exists() or checkpoint.read_json(path) != facts:
             checkpoint.write_text(path, json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
-    def remember(self, counts: Mapping[str, list[int]]) -> None:
-        """Keep how many tokens the experts of some layers saw, for a run that goes on from here."""
+    def remember(self, counts: Mapping[str, list[int]], outcomes: Sequence[Outcome] = ()) -> None:
+        """Keep what the report will tell of some layers, for a run that goes on from here.
+
+        Args:
+          counts: how many tokens the experts saw; outcomes: of the steps.
+        """
         self.counts = self.counts | dict(counts)
-        self.facts[COUNTS] = self.counts
+        self.outcomes += outcomes
+        self.facts |= {COUNTS: self.counts} if self.counts else {}
+        self.facts |= {OUTCOMES: [list(o) for o in self.outcomes]} if self.outcomes else {}
         self._update()
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what a run must put down meanwhile."""
+        folder = self.partial / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def read(self, unit: Unit) -> dict[str, Any]:
+        """The leaves of a unit that was written before."""
+        tensors: dict[str, Any] = {}
+        for name, _ in unit.files:
+            tensors |= dict(checkpoint.read_shard(self.partial / name))
+        leaves: dict[str, Any] = {}
+        for row in (r for _, rows in unit.files for r in rows):
+            if row.scheme is None:
+                kept = [np.asarray(tensors[n]) for n in row.names]
+                leaves[row.name] = np.stack(kept) if experts.starred(row.name) else kept[0]
+                continue
+            module, count = row.name.removesuffix(".weight"), len(row.names)
+
+            def one(name: str, scheme: Scheme = row.scheme) -> tuple[QTensor, np.float32 | None]:
+                return self.plan.dialect.read(name, tensors.__getitem__, scheme, self.model.dtype)
+
+            leaves[row.name] = experts.read(module, count, one)
+            if row.scheme.inputs is not None and row.scheme.inputs.static:
+                leaves[module + INPUT] = experts.maximum(module, count, one)
+        if unit.prefix and self.plan.cache is not None:
+            attention = f"{unit.prefix}self_attn"
+            maxima = self.plan.dialect.read_cache(attention, tensors.__getitem__)
+            leaves |= {f"{attention}.{kv}_cache{INPUT}": top for kv, top in zip("kv", maxima, strict=True)}
+        return leaves
 
     def _update(self) -> None:
         """Write the facts without a change of the time when the run began."""
@@ -112,8 +165,8 @@ class Writer:
             tensors: dict[str, np.ndarray] = {}
             for row in rows:
                 tensors |= self._tensors(row, params)
-            if i == 0 and self.plan.cache is not None:
-                tensors |= self._cache(params)
+            if i == 0 and unit.prefix and self.plan.cache is not None:
+                tensors |= self._cache(unit.prefix, params)
             checkpoint.write_shard(self.partial / name, tensors)
 
     def write_all(self) -> None:
@@ -138,20 +191,18 @@ class Writer:
             tensors |= self.plan.dialect.write(name.removesuffix(".weight"), q, row.scheme, amax)
         return tensors
 
-    def _cache(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        tensors: dict[str, np.ndarray] = {}
+    def _cache(self, prefix: str, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Its scales; those of a cache without calibration too, so that no server has to guess."""
         assert self.plan.cache is not None
-        for name in params:
-            if name.endswith(".k_cache" + INPUT):
-                attention = name.removesuffix(".k_cache" + INPUT)
-                k, v = (np.float32(params[f"{attention}.{kv}_cache{INPUT}"]) for kv in "kv")
-                dtype = np.dtype(np.float32) if self.plan.cache.as_read else self.model.dtype
-                tensors |= self.plan.dialect.write_cache(attention, k, v, dtype)
-        return tensors
+        attention = f"{prefix}self_attn"
+        k, v = (np.float32(params.get(f"{attention}.{kv}_cache{INPUT}", LARGEST)) for kv in "kv")
+        dtype = np.dtype(np.float32) if self.plan.cache.as_read else self.model.dtype
+        return self.plan.dialect.write_cache(attention, k, v, dtype)
 
     def finish(self) -> None:
         """The config, the copied files, and the index last."""
         assert self.source is not None
+        shutil.rmtree(self.partial / SCRATCH, ignore_errors=True)
         for path in checkpoint.side_files(self.source.folder):
             if path.parent == self.source.folder and path.name in OUTPUTS:
                 continue  # of the conversion that this is made from
@@ -222,16 +273,14 @@ def _outside(out: Path, source: Path) -> None:
         )
 
 
-def _same(
-    partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoint | None
-) -> dict[str, list[int]]:
-    """Raises InputError where an earlier run differs; else the tokens per expert that it counted."""
+def _same(partial: Path, wanted: Mapping[str, Any], source: checkpoint.Checkpoint | None) -> dict[str, Any]:
+    """Raises InputError where an earlier run differs; else what it remembered."""
     record = partial / RECORD
     if not record.exists():
         raise InputError(f"{partial}: exists, but was not begun by mojax; choose another --out, or remove it")
     found = checkpoint.read_json(record)
     found.pop("sha256", None)
-    counts = found.pop(COUNTS, {})
+    remembered = {key: found.pop(key) for key in (COUNTS, OUTCOMES) if key in found}
     differing = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
     if source is not None and not differing:
         begun = record.stat().st_mtime_ns
@@ -243,7 +292,7 @@ def _same(
             "then to go on, "
             "choose another --out, or remove it to begin again"
         )
-    return counts
+    return remembered
 
 
 def _room(out: Path, needed: int, partial: Path) -> None:

@@ -211,14 +211,6 @@ def test_the_dtype_in_the_config_is_not_trusted(source, tmp_path):
         )
 
 
-def test_already_quantized(capsys, source, tmp_path):
-    assert cli.run(["quantize", f"--model={source}", f"--out={tmp_path / 'q'}", *QUICK]) == 0
-    refused(
-        capsys, tmp_path / "q", "--recipe=int4", "--noevaluate", words=["quantized already", "mojax convert"]
-    )
-    refused(capsys, tmp_path / "q", verb="plan", words=["quantized already", "mojax convert"])
-
-
 # ---------------------------------------------------------------- weights
 
 

@@ -102,6 +102,8 @@ def test_who_loads_what_is_what_the_dialects_say():
     rows = [["recipe", *(f"{d}: {t}" if t == "vLLM" else t for d, t in pairs)]]
     for name in recipe.names():
         every = recipe.choose(recipe.load_recipe(name), "*")
+        if every.weights is None:  # caches alone
+            continue
         marks = []
         for dialect, target in pairs:
             converter = find("converters", dialect)

@@ -26,9 +26,12 @@ DIALECTS = ("compressed-tensors", "modelopt")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # What each pair of recipe and dialect needs to be allowed; None is a plan problem everywhere.
-TARGET = {(name, d): "vllm" for name in recipe.names() for d in DIALECTS}
+# Those of caches alone are in cache_test.py.
+NAMES = [n for n in recipe.names() if recipe.choose(recipe.load_recipe(n), "*").weights]
+TARGET = {(name, d): "vllm" for name in NAMES for d in DIALECTS}
 TARGET |= {("int4", "modelopt"): "trtllm", ("mxfp4_weight_only", "modelopt"): "trtllm"}
 REFUSED = [(name, "modelopt") for name in ("mxfp4", "int8", "int8_smoothquant", "int4_asymmetric")]
+REFUSED += [("nf4", dialect) for dialect in DIALECTS]  # a dialect of its own: tests/nf4_test.py
 
 
 def config(**changes):
@@ -168,12 +171,12 @@ def ignore_of(out):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_recipe(qwen, tmp_path, name, dialect):
     target, out = TARGET[name, dialect], tmp_path / "out"
     if (name, dialect) in REFUSED:
         for server in planner.TARGETS:
-            with pytest.raises(mojax.PlanError, match="modelopt dialect"):
+            with pytest.raises(mojax.PlanError, match=f"{dialect} dialect"):
                 mojax.plan(mojax.load(qwen), name, format=dialect, target=server)
         with pytest.raises(mojax.PlanError):
             optimize(qwen, name, out, format=dialect)
@@ -433,7 +436,7 @@ def test_fp8_cache(qwen, tmp_path, dialect):
     report = optimize(qwen, small(mine), tmp_path / "out", format=dialect)
     made = mojax.load(tmp_path / "out")
     scales = {n: made.checkpoint[n] for n in made.checkpoint if n.endswith((".k_scale", ".v_scale"))}
-    assert len(scales) == 4 and made.cache is not None and made.cache.name == "fp8"
+    assert len(scales) == 4 and made.cache is not None and made.cache.label == "fp8"
     assert all(np.asarray(v).astype(np.float32) > 0 for v in scales.values())
     source = mojax.load(qwen)
     plan = mojax.plan(source, small(mine), format=dialect)
@@ -574,7 +577,7 @@ def test_tokens_from_npz(tmp_path, tokens):
     assert optimize(source, "fp8_dynamic", tmp_path / "free", evaluate=False).kl_mean is None
 
 
-@pytest.mark.parametrize("name", [n for n in recipe.names() if n not in ("fp8", "nvfp4", "int8_smoothquant")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("fp8", "nvfp4", "int8_smoothquant", "nf4")])
 def test_generic(qwen, tmp_path, name):
     source = tmp_path / "odd"
     shutil.copytree(qwen, source)

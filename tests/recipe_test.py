@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mojax import recipe as recipes
+from mojax.cache import of_rule
 from mojax.document import Calibration, Rule
 from mojax.errors import InputError
 from mojax.find import find
 from mojax.recipe import adjusted, choose, load_recipe, resolved
+from mojax.resolve import made_steps
 
 DOWN = "model.layers.3.mlp.down_proj.weight"
 
@@ -47,6 +49,8 @@ def test_the_shipped_recipes_are_these():
         "fp8",
         "fp8_block",
         "fp8_dynamic",
+        "fp8_kv",
+        "fp8k_nvfp4v",
         "int4",
         "int4_asymmetric",
         "int8",
@@ -54,7 +58,10 @@ def test_the_shipped_recipes_are_these():
         "mxfp4",
         "mxfp4_weight_only",
         "mxfp8",
+        "nf4",
         "nvfp4",
+        "nvfp4_cast",
+        "nvfp4_kv",
         "nvfp4_weight_only",
     )
 
@@ -66,6 +73,10 @@ def test_a_shipped_recipe_is_complete(name):
     assert recipe.name == name and recipe.description and recipe.menu
     assert all(rule.shipped and rule.optional for rule in recipe.rules)
     every = choose(recipe, "model.layers.0.mlp.up_proj.weight")
+    if every.weights is None:  # extends others: only the cache is quantized
+        cache = of_rule(every.kv_cache, every.attention, "float32")
+        assert cache is not None and recipe.menu.needs_data == cache.calibrated
+        return
     made = {}
     for key in ("weights", "inputs"):
         choice = getattr(every, key)
@@ -75,7 +86,7 @@ def test_a_shipped_recipe_is_complete(name):
             made[key] = find("formats", choice["format"]).FORMAT(**options)
     assert "weights" in made
     static = "inputs" in made and made["inputs"].static
-    assert recipe.menu.needs_data == (static or [step for step, _ in recipe.steps] != ["rtn"])
+    assert recipe.menu.needs_data == (static or any(step.needs for step in made_steps(recipe)))
 
 
 def test_shipped_recipes_say_what_the_table_says():
@@ -333,7 +344,22 @@ MISTAKES = [
     ("rules: [{match: a, weights: {format: int4, group: .nan}}]", "rules[0].weights.group: found nan"),
     ("rules: [{match: a, weights: {format: int4, 3: 4}}]", "rules[0].weights: the key 3 is not a word"),
     ("rules: [{match: a, kv_cache: fp9}]", "rules[0].kv_cache: unknown format 'fp9'"),
-    ("rules: [{match: a, kv_cache: {format: fp8}}]", "rules[0].kv_cache: found a mapping, needed text"),
+    ("rules: [{match: a, kv_cache: {format: fp9}}]", "rules[0].kv_cache.format: unknown format 'fp9'"),
+    ("rules: [{match: a, kv_cache: {k: fp8}}]", "rules[0].kv_cache: names k; it is a mapping like"),
+    ("rules: [{match: a, kv_cache: {format: fp8, k: fp8}}]", "rules[0].kv_cache: names format and k"),
+    ("rules: [{match: a, kv_cache: {skip_last: 1}}]", "rules[0].kv_cache: names no format"),
+    (
+        "rules: [{match: a, kv_cache: {format: fp8, skip_lst: 1}}]",
+        "skip_lst: unknown key; did you mean 'skip_last'",
+    ),
+    (
+        "rules: [{match: a, kv_cache: {format: fp8, skip_last: -1}}]",
+        "skip_last: found -1, needed a whole number",
+    ),
+    ("rules: [{match: a, kv_cache: {format: fp8, per: row}}]", "per: found 'row', needed tensor or head"),
+    ("rules: [{match: a, kv_cache: {format: fp8, cast: 1}}]", "cast: found 1, needed true or false"),
+    ("rules: [{match: a, kv_cache: [fp8]}]", "rules[0].kv_cache: found a list"),
+    ("rules: [{match: a, attention: nvfp4}]", "rules[0].attention: found 'nvfp4', needed fp8 or none"),
     ("rules: [{match: a, share_scale: 1}]", "rules[0].share_scale: found 1, needed true or false"),
     ("rules: [{match: a, weights: keep, optional: 'yes'}]", "rules[0].optional: found 'yes'"),
     ("extends: fp8\nsteps: rtn", "steps: found 'rtn', needed a list"),
@@ -488,7 +514,10 @@ RULE = st.fixed_dictionaries(
     {"match": WORD, "weights": st.just("keep") | FORMAT},
     optional={
         "inputs": st.just("none") | FORMAT,
-        "kv_cache": st.sampled_from(["fp8", "none"]),
+        "kv_cache": st.sampled_from(
+            ["fp8", "none", {"k": "fp8", "v": "nvfp4"}, {"format": "fp8", "skip_last": 2}]
+        ),
+        "attention": st.sampled_from(["fp8", "none"]),
         "share_scale": st.booleans(),
         "optional": st.booleans(),
     },

@@ -6,36 +6,23 @@ outer scale, taken over all of them before anything is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mojax.compile import jit
 from mojax.errors import InputError, NotFiniteError
 from mojax.formats.base import Format, QTensor
-from mojax.formats.leaf import canonical
 from mojax.formats.rows import common_rows, cut
+from mojax.matrices import Leaf, groups, leaves, maxima, own_outer
 from mojax.threads import each
-from mojax.transforms.base import Context, Params, Transform
+from mojax.transforms.base import Context, Params, Stats, Transform
 
 
 @jit(static_argnums=(0,))
 def _encode(format: Format, w: Any, outer: Any) -> QTensor:
     return format.encode(w, outer)
-
-
-@jit()
-def _largest(w: Any) -> jax.Array:
-    top = jnp.max(jnp.abs(w)).astype(jnp.float32)
-    return jnp.where(jnp.all(jnp.isfinite(w)), top, jnp.inf)  # XLA's maximum on a CPU may lose a NaN
-
-
-def largest(w: Any, rows: int) -> np.float32:
-    """The largest magnitude of a weight, `rows` at a time; NaN and infinity show."""
-    return np.max([np.float32(_largest(part)) for part in cut(w, rows)])
 
 
 def encode(format: Format, w: Any, outer: Any, rows: int) -> QTensor:
@@ -52,50 +39,20 @@ def encode(format: Format, w: Any, outer: Any, rows: int) -> QTensor:
     return QTensor(np.concatenate([p.codes for p in parts]), scales, format, tuple(w.shape), parts[0].dtype)
 
 
-class Leaf(NamedTuple):
-    """A weight as its matrices `[out, in]` in turn: one, or one for every entry of its batch axes."""
-
-    name: str
-    matrices: Sequence[Any]  # views where the leaf lies so
-    contract: tuple[int, ...]
-    batch: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def whole(self, parts: Sequence[QTensor]) -> QTensor:
-        """The encoded leaf, from its encoded matrices."""
-        if not self.batch and not self.contract:
-            return parts[0]
-        sizes = tuple(self.shape[a] for a in self.batch)
-
-        def stack(*arrays: Any) -> np.ndarray:
-            return np.stack([np.asarray(a) for a in arrays]).reshape(*sizes, *arrays[0].shape)
-
-        codes = stack(*(q.codes for q in parts))
-        scales = {level: stack(*(q.scales[level] for q in parts)) for level in parts[0].scales}
-        q = parts[0]
-        return QTensor(codes, scales, q.format, self.shape, q.dtype, self.contract, self.batch)
-
-
 def rtn() -> Transform:
     """Round to nearest."""
-    return Transform(_apply, encodes=True)
+    return Transform(_apply, encodes=True, phase="encode")
 
 
-def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Context) -> Params:
-    shared = [
-        group for group in context.shared if all(n.removesuffix(".weight") in context.schemes for n in group)
-    ]
-    grouped = {name for group in shared for name in group}
-    alone = [(m + ".weight",) for m in context.schemes if m + ".weight" not in grouped]
-    leaves = _leaves(params, context)
-    rows = common_rows([leaf.matrices[0].shape for leaf in leaves.values()])
-    work = [(group, i) for group in (*shared, *alone) for i in range(len(leaves[group[0]].matrices))]
-    done = each(lambda item: _encode_group(leaves, *item, context, rows), work)
+def _apply(params: Params, stats: Stats, context: Context) -> Params:
+    found = leaves({**params, **context.targets}, context)
+    rows = common_rows([leaf.matrices[0].shape for leaf in found.values()])
+    work = [(group, i) for group in groups(context) for i in range(len(found[group[0]].matrices))]
     parts: dict[str, list[QTensor]] = {}
-    for part in done:
-        for name, q in part.items():
+    for done in each(lambda item: _encode_group(found, *item, context, rows), work):
+        for name, q in done.items():
             parts.setdefault(name, []).append(q)
-    changed: dict[str, Any] = {name: leaves[name].whole(qs) for name, qs in parts.items()}
+    changed: dict[str, Any] = {name: found[name].whole(qs) for name, qs in parts.items()}
     for module, scheme in context.schemes.items():
         if scheme.inputs is not None and scheme.inputs.static:
             seen = static_maximum(module + ".weight", stats)  # of an earlier step, if it changed the inputs
@@ -103,37 +60,13 @@ def _apply(params: Params, stats: Mapping[str, Mapping[str, Any]], context: Cont
     return changed
 
 
-def _leaves(params: Params, context: Context) -> dict[str, Leaf]:
-    """What is to be encoded; a leaf `[out, in]` where no site says otherwise."""
-    axes = {site.weight: (site.contract, site.batch) for site in context.sites if site.op != "gather"}
-    found = {}
-    for name in (module + ".weight" for module in context.schemes):
-        w = params[name]
-        contract, batch = axes.get(name, ((), ()))
-        if not batch and len(w.shape) == 2 and contract in ((), (1,)):
-            found[name] = Leaf(name, [w], (), (), tuple(w.shape))
-            continue
-        whole = canonical(np.asarray(w), contract, batch)
-        found[name] = Leaf(name, whole.reshape(-1, *whole.shape[-2:]), contract, batch, tuple(w.shape))
-    return found
-
-
 def _encode_group(
-    leaves: Mapping[str, Leaf], group: tuple[str, ...], i: int, context: Context, rows: int
+    found: Mapping[str, Leaf], group: tuple[str, ...], i: int, context: Context, rows: int
 ) -> dict[str, QTensor]:
     """Encode matrix `i` of the weights of one group, under one outer scale where the format has one."""
     format = context.schemes[group[0].removesuffix(".weight")].weights
-    matrices = {name: leaves[name].matrices[i] for name in group}
-    amax = {name: largest(w, rows) for name, w in matrices.items()}
-    for name, value in amax.items():
-        if not np.isfinite(value):
-            raise NotFiniteError(
-                f"{name.replace('*', str(i))}: holds NaN or infinity, which no format can hold; repair the "
-                f"checkpoint, or add --keep={name} --noevaluate to leave this tensor as it is"
-            )
-    outer = None
-    if format.static:
-        outer = format.outer(np.asarray(max(amax.values())), np.dtype(matrices[group[0]].dtype))
+    matrices = {name: found[name].matrices[i] for name in group}
+    outer = own_outer(format, maxima(found, group, i), np.dtype(matrices[group[0]].dtype))
     return {name: encode(format, w, outer, rows) for name, w in matrices.items()}
 
 

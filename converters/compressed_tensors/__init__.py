@@ -1,6 +1,6 @@
 """The compressed-tensors dialect, as llm-compressor writes it and vLLM and transformers read it."""
 
-from mojax.converters.compressed_tensors.schemes import ARITHMETIC, DIALECT, check, config, parse
+from mojax.converters.compressed_tensors.schemes import ARITHMETIC, DIALECT, check, check_cache, config, parse
 from mojax.converters.compressed_tensors.tensors import (
     SUFFIXES,
     cache_names,
@@ -24,6 +24,7 @@ __all__ = [
     "WRITES",
     "cache_names",
     "check",
+    "check_cache",
     "config",
     "layout",
     "parse",

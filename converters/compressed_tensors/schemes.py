@@ -6,14 +6,28 @@ Specification: compressed-tensors 0.19. A config group is a list of targets ("Li
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mojax.converters.base import Parsed, as_read, experts_refusal, label, plain, refusal, section
+from mojax.cache import Cache
+from mojax.converters.base import (
+    Parsed,
+    as_read,
+    cache_kind,
+    cache_refusal,
+    experts_refusal,
+    label,
+    plain,
+    plain_scheme,
+    refusal,
+    rotation_refusal,
+    section,
+)
+from mojax.converters.compressed_tensors import rotation
+from mojax.converters.compressed_tensors.rotation import LARGEST, ROTATES, matches, power_of_two
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nvfp4
 from mojax.formats.base import Arithmetic, Format, Scheme
@@ -56,6 +70,10 @@ REASONS = {
     ("int4", "none", "trtllm"): "it reads no int4 there; use --format=modelopt",
     ("int4 asymmetric", "none", "transformers"): "its default mode fails on packed zero points (only"
     " CompressedTensorsConfig(dequantize=True) works); use --recipe=int4",
+    **{
+        ("nf4", "none", target): "it has no code books; use --format=bitsandbytes --target=transformers"
+        for target in ("vllm", "sglang", "trtllm", "transformers")
+    },
 }
 
 # Experts that a server cannot load although it loads the other linears so: (weights, inputs, target) -> why.
@@ -113,7 +131,9 @@ INPUTS: dict[Format, dict[str, Any]] = {
     mxfp4.FORMAT(): _args(4, "float", "group", True, **MX),
     mxfp8.FORMAT(): _args(8, "float", "group", True, **MX),
 }
-CACHE = fp8.FORMAT(per="tensor")
+FP8 = fp8.FORMAT(per="tensor")
+CACHES = {"fp8": INPUTS[FP8], "fp8 per head": _args(8, "float", "attn_head")}  # kind -> kv_cache_scheme
+CACHE_LOADS = {"fp8": ("vllm", "sglang", "trtllm", "transformers"), "fp8 per head": ("vllm", "transformers")}
 
 
 def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False) -> str | None:
@@ -123,8 +143,17 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
       dtype: of the checkpoint, where it is known.
       experts: of a mixture of experts.
     """
-    if experts and (reason := experts_refusal(DIALECT, scheme, target, EXPERTS)):
+    if reason := rotation_refusal(DIALECT, scheme, target, ROTATES) or (
+        experts_refusal(DIALECT, scheme, target, EXPERTS) if experts else None
+    ):
         return reason
+    if scheme.hadamard and experts:
+        return f"{target} does not rotate the inputs of experts; give them hadamard: none"
+    if scheme.hadamard > LARGEST and not power_of_two(scheme.hadamard):
+        return (
+            f"hadamard: {scheme.hadamard} is no power of two, and {target} would read and multiply by the "
+            f"whole matrix; use a block of at most {LARGEST} channels, or a power of two"
+        )
     narrow = scheme.weights.name in ("nvfp4", "mxfp4", "mxfp8")
     if target == "transformers" and narrow and dtype is not None and dtype != ml_dtypes.bfloat16:
         return (
@@ -135,6 +164,15 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
     if scheme.inputs and scheme.weights.name == "int4" and target == "vllm" and group != 128:
         return f"vllm runs int4 weights with fp8 inputs only for groups of 128, not {group}; use group: 128"
     return refusal(DIALECT, scheme, target, LOADS, REASONS)
+
+
+def check_cache(cache: Cache, target: str, encodes: bool = True) -> str | None:
+    """Why `target` cannot load a key/value cache in this dialect, or None.
+
+    Args:
+      encodes: whether weights are encoded too.
+    """
+    return cache_refusal(DIALECT, cache, target, CACHE_LOADS, {"nvfp4": "--format=modelopt"})
 
 
 def storage(scheme: Scheme) -> str:
@@ -170,21 +208,20 @@ def _known(table: dict[Format, dict[str, Any]], format: Format, what: str) -> di
 
 
 def config(
-    schemes: Mapping[str, Scheme], ignore: Sequence[str], cache: Format | None
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], cache: Cache | None
 ) -> dict[str, dict[str, Any]]:
     """`{"quantization_config": ...}` for config.json.
 
     Args:
       schemes: of every encoded module. One scheme: a group for every "Linear"; several: groups by full names.
       ignore: full names of the Linear modules that are not encoded.
-      cache: fp8 per tensor, or None.
+      cache: fp8 per tensor or per head, or None.
     Raises:
-      InputError: a format that this dialect does not have.
+      InputError: a format or a cache that this dialect does not have.
     """
     members: dict[Scheme, list[str]] = {}
     for module, scheme in schemes.items():
-        known = Scheme(_plain(scheme.weights), plain(scheme.inputs))
-        members.setdefault(known, []).append(module)
+        members.setdefault(plain_scheme(scheme)._replace(hadamard=0), []).append(module)
     groups = {}
     for number, (scheme, modules) in enumerate(members.items()):
         group = {"targets": ["Linear"] if len(members) == 1 else modules, "format": storage(scheme)}
@@ -197,21 +234,17 @@ def config(
         "quant_method": DIALECT,
         "version": VERSION,
         "quantization_status": "compressed",
-        "format": storages.pop() if len(storages) == 1 else "mixed-precision",
+        "format": storages.pop() if len(storages) == 1 else "mixed-precision" if storages else "dense",
         "config_groups": groups,
         "ignore": list(ignore),
     }
     if cache:
-        if plain(cache) != CACHE:
-            raise InputError(f"a {cache.label} KV cache has no form in {DIALECT}; use kv_cache: fp8")
-        written["kv_cache_scheme"] = INPUTS[CACHE]
+        if cache_kind(cache) not in CACHES:
+            raise InputError(f"a key/value cache kept as {cache.label} has no form in {DIALECT}; use fp8")
+        written["kv_cache_scheme"] = CACHES[cache_kind(cache)]
+    if rotations := rotation.config({m: s.hadamard for m, s in schemes.items()}, ignore):
+        written["transform_config"] = rotations
     return {"quantization_config": written}
-
-
-def _plain(format: Format) -> Format:
-    known = plain(format)
-    assert known is not None
-    return known
 
 
 def parse(config: dict[str, Any], extra: dict[str, Any] | None, modules: Sequence[str]) -> Parsed:
@@ -225,39 +258,41 @@ def parse(config: dict[str, Any], extra: dict[str, Any] | None, modules: Sequenc
     found = section(config)
     _refuse(found)
     groups = [_group(name, group, found) for name, group in found.get("config_groups", {}).items()]
+    rotations = rotation.parse(found.get("transform_config"))
     listed = list(found.get("ignore") or [])
     schemes = {}
     for module in modules:
-        if any(_matches(module, entry) for entry in listed):
+        if any(matches(module, entry) for entry in listed):
             continue
-        named = (s for targets, s in groups if any(_matches(module, t) for t in targets if t != "Linear"))
+        named = (s for targets, s in groups if any(matches(module, t) for t in targets if t != "Linear"))
         by_class = (s for targets, s in groups if "Linear" in targets)
         scheme = next(named, None) or next(by_class, None)
         if scheme:
-            schemes[module] = scheme
+            schemes[module] = scheme._replace(hadamard=rotations(module))
+        elif rotations(module):
+            raise InputError(
+                f"quantization_config.transform_config: rotates the input of {module}, which is not encoded; "
+                "such linears are not read"
+            )
     names = [entry for entry in listed if not entry.startswith("re:")]
     ignore = dict.fromkeys([*names, *(m for m in modules if m not in schemes)])
     cache = None
     if found.get("kv_cache_scheme"):
-        cache = _format(found["kv_cache_scheme"], {CACHE: INPUTS[CACHE]}, "kv_cache_scheme")
+        cache = _cache(found["kv_cache_scheme"])
     return Parsed(schemes, cache, tuple(ignore))
 
 
-def _matches(module: str, entry: str) -> bool:
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), module) is not None
-    return entry == module or entry == "Linear"
+def _cache(args: dict[str, Any]) -> Cache:
+    head = args.get("strategy") == "attn_head"
+    known: dict[Format, dict[str, Any]] = {FP8: CACHES["fp8 per head" if head else "fp8"]}
+    format = _format(args, known, "kv_cache_scheme")
+    return Cache(format, format, per="head" if head else "tensor")
 
 
 def _refuse(found: dict[str, Any]) -> None:
     status = found.get("quantization_status")
     if status not in (None, "compressed"):
         raise InputError(f"quantization_config.quantization_status is {status!r}; only 'compressed' is read")
-    if found.get("transform_config"):
-        raise InputError(
-            f"quantization_config.transform_config is {found['transform_config']!r}: online transforms are"
-            " not read; use a checkpoint without them"
-        )
     sparsity = found.get("sparsity_config") or {}
     if sparsity.get("targets") or sparsity.get("format") not in (None, "dense"):
         raise InputError(

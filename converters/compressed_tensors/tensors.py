@@ -12,9 +12,21 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mojax.converters.base import Get, amax_of, bytes_of, expect, narrow, nibbles, outer_as, static_outer
+from mojax.converters.base import (
+    Get,
+    amax_of,
+    bytes_of,
+    cache_maxima,
+    cache_scales,
+    expect,
+    narrow,
+    nibbles,
+    outer_as,
+    static_outer,
+)
+from mojax.converters.compressed_tensors import rotation
 from mojax.converters.compressed_tensors.schemes import ARITHMETIC, storage
-from mojax.formats import fp8, int4
+from mojax.formats import int4
 from mojax.formats.base import Format, QTensor, Scheme
 
 SUFFIXES = (
@@ -70,6 +82,8 @@ def layout(
             tensors["input_global_scale"] = (1,), np.float32
         else:
             tensors["input_scale"] = (1,), _scale_dtype(scheme.inputs, dtype)
+    if rotation.stored(scheme):
+        tensors[rotation.leaf(scheme.hadamard)] = (scheme.hadamard, scheme.hadamard), dtype
     return {f"{module}.{name}": jax.ShapeDtypeStruct(s, d) for name, (s, d) in tensors.items()}
 
 
@@ -117,6 +131,8 @@ def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.nd
             tensors["input_global_scale"] = outer_as(outer, scheme.inputs.arithmetic, ARITHMETIC)
         else:
             tensors["input_scale"] = outer
+    if rotation.stored(scheme):
+        tensors[rotation.leaf(scheme.hadamard)] = rotation.known(scheme.hadamard).astype(q.dtype)
     return {
         name: narrow(name, np.asarray(tensors[name.removeprefix(f"{module}.")]), s.dtype).reshape(s.shape)
         for name, s in spec.items()
@@ -155,6 +171,8 @@ def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, np
       InputError: a tensor of another dtype or shape than the scheme says.
     """
     w = scheme.weights
+    if scheme.hadamard:
+        rotation.check(module, scheme.hadamard, get)
     leaf = "weight_packed" if "pack" in storage(scheme) else "weight"
     arrangement = layout(module, (0, 0), dtype, scheme)[f"{module}.{leaf}"].dtype
     codes = expect(f"{module}.{leaf}", get, (arrangement,))
@@ -193,16 +211,11 @@ def cache_names(attention: str) -> tuple[str, str]:
 
 
 def write_cache(attention: str, k_amax: Any, v_amax: Any, dtype: Any) -> dict[str, np.ndarray]:
-    """The scales of an FP8 KV cache, `[1]` in the checkpoint's dtype, from the calibrated maxima."""
-    format = fp8.FORMAT(per="tensor", arithmetic=ARITHMETIC)
-    return {
-        name: static_outer(format, attention, amax, dtype).astype(dtype).reshape(1)
-        for name, amax in zip(cache_names(attention), (k_amax, v_amax), strict=True)
-    }
+    """The scales of a KV cache, `[1]` or `[kv_heads, 1, 1]` in the checkpoint's dtype, from the maxima."""
+    scales = cache_scales(cache_names(attention), (k_amax, v_amax), ARITHMETIC, dtype)
+    return {name: s.astype(dtype).reshape((-1, 1, 1) if s.ndim else 1) for name, s in scales.items()}
 
 
-def read_cache(attention: str, get: Get) -> tuple[np.float32, np.float32]:
-    """The maxima of K and V that the file's scales stand for."""
-    k, v = (expect(name, get, FLOATS, (1,)).astype(np.float32) for name in cache_names(attention))
-    format = fp8.FORMAT(per="tensor", arithmetic=ARITHMETIC, as_read=True)
-    return amax_of(format, k.reshape(())), amax_of(format, v.reshape(()))
+def read_cache(attention: str, get: Get) -> tuple[np.ndarray, ...]:
+    """The maxima of K and V that the file's scales stand for, float32 `[]` or per head `[kv_heads]`."""
+    return cache_maxima([expect(name, get, FLOATS) for name in cache_names(attention)], ARITHMETIC)

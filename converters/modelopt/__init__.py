@@ -1,6 +1,6 @@
 """The ModelOpt dialect, as nvidia-modelopt 0.47 exports it and vLLM, SGLang and TensorRT-LLM read it."""
 
-from mojax.converters.modelopt.schemes import ARITHMETIC, DIALECT, check, config, parse
+from mojax.converters.modelopt.schemes import ARITHMETIC, DIALECT, check, check_cache, config, parse
 from mojax.converters.modelopt.tensors import (
     SUFFIXES,
     cache_names,
@@ -24,6 +24,7 @@ __all__ = [
     "WRITES",
     "cache_names",
     "check",
+    "check_cache",
     "config",
     "layout",
     "parse",

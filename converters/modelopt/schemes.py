@@ -13,10 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from mojax.converters.base import Parsed, as_read, experts_refusal, label, plain, refusal, section
+from mojax.cache import Cache
+from mojax.converters.base import (
+    Parsed,
+    as_read,
+    cache_kind,
+    cache_refusal,
+    experts_refusal,
+    label,
+    plain_scheme,
+    refusal,
+    rotation_refusal,
+    section,
+)
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, mxfp4, mxfp8, nvfp4
-from mojax.formats.base import Arithmetic, Format, Scheme
+from mojax.formats.base import Arithmetic, Scheme
 
 DIALECT = "modelopt"
 ARITHMETIC: Arithmetic = "float32"
@@ -64,7 +76,8 @@ ALGORITHMS = (
 )
 BY_NAME = {algorithm.name.upper(): algorithm for algorithm in ALGORITHMS}
 BY_SCHEME = {algorithm.scheme: algorithm for algorithm in ALGORITHMS}
-CACHE = FP8
+CACHES: dict[str, Any] = {"fp8": _args(8), "nvfp4": "NVFP4"}  # kind -> kv_cache_scheme
+CACHE_LOADS = dict.fromkeys(CACHES, ("vllm", "sglang", "trtllm"))
 
 # (weights, inputs) -> who loads it. transformers is never here: it knows no quant_method "modelopt".
 LOADS = {
@@ -100,6 +113,8 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
       dtype: of the checkpoint, where it is known.
       experts: of a mixture of experts.
     """
+    if reason := rotation_refusal(DIALECT, scheme, target):
+        return reason
     if experts and (reason := experts_refusal(DIALECT, scheme, target, EXPERTS)):
         return reason
     if target == "vllm" and scheme.weights.name == "mxfp8" and dtype is not None and dtype == np.float16:
@@ -112,14 +127,34 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
             f"transformers cannot load {label(scheme)} in the {DIALECT} dialect: it does not know it, and FP8"
             " loads without an error and with raw codes as weights; use --format=compressed-tensors"
         )
+    if scheme.weights.name == "nf4":
+        return (
+            f"{target} cannot load {label(scheme)} in the {DIALECT} dialect: it has no code books; use "
+            "--format=bitsandbytes --target=transformers"
+        )
     if _algorithm(scheme) is None:
         return f"{target} cannot load {_unknown(scheme)}"
     return refusal(DIALECT, scheme, target, LOADS, REASONS)
 
 
+def check_cache(cache: Cache, target: str, encodes: bool = True) -> str | None:
+    """Why `target` cannot load a key/value cache in this dialect, or None.
+
+    Args:
+      encodes: whether weights are encoded too.
+    """
+    others = {"fp8": "--format=compressed-tensors", "fp8 per head": "--format=compressed-tensors"}
+    said = cache_refusal(DIALECT, cache, target, CACHE_LOADS, others)
+    if said is None and not encodes and target != "trtllm":
+        return (
+            f"{target} loads a key/value cache in the {DIALECT} dialect only beside encoded weights; encode "
+            "some (extends: [fp8, ...]), or use --format=compressed-tensors"
+        )
+    return said
+
+
 def _algorithm(scheme: Scheme) -> Algorithm | None:
-    weights = plain(scheme.weights)
-    return BY_SCHEME.get(Scheme(weights, plain(scheme.inputs))) if weights else None
+    return BY_SCHEME.get(plain_scheme(scheme))
 
 
 def _unknown(scheme: Scheme) -> str:
@@ -139,19 +174,20 @@ def known(scheme: Scheme) -> Algorithm:
 
 
 def config(
-    schemes: Mapping[str, Scheme], ignore: Sequence[str], cache: Format | None
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], cache: Cache | None
 ) -> dict[str, dict[str, Any]]:
     """`quantization_config` for config.json and the whole of `hf_quant_config.json`.
 
     Args:
       schemes: of every encoded module; several kinds make MIXED_PRECISION.
       ignore: full names of the Linear and embedding modules that are not encoded.
-      cache: fp8 per tensor, or None.
+      cache: fp8 per tensor or nvfp4, or None.
     Raises:
       InputError: a scheme or a cache that this dialect does not have, or cannot mix.
     """
-    if cache and plain(cache) != CACHE:
-        raise InputError(f"a {cache.label} KV cache is not written in {DIALECT}; use kv_cache: fp8")
+    kept = cache_kind(cache) if cache else None
+    if kept not in (None, *CACHES):
+        raise InputError(f"a key/value cache kept as {kept} has no form in {DIALECT}; use fp8 or nvfp4")
     members: dict[str, list[str]] = {}
     for module, scheme in schemes.items():
         members.setdefault(known(scheme).name, []).append(module)
@@ -164,7 +200,7 @@ def config(
             " use --format=compressed-tensors, or one format for all"
         )
     name = "MIXED_PRECISION" if mixed else algorithms[0].name if algorithms else None
-    detail: dict[str, Any] = {"quant_algo": name, "kv_cache_quant_algo": "FP8" if cache else None}
+    detail: dict[str, Any] = {"quant_algo": name, "kv_cache_quant_algo": kept.upper() if kept else None}
     written: dict[str, Any] = {"quant_method": DIALECT, "quant_algo": name, "producer": PRODUCER}
     if mixed or any(a.grouped for a in algorithms):
         targets = members if mixed else {algorithms[0].name: ["Linear"]}
@@ -176,8 +212,8 @@ def config(
         detail["quantized_layers"] = written["quantized_layers"] = layers
     elif algorithms:
         detail |= algorithms[0].more
-    if cache:
-        written["kv_cache_scheme"] = _args(8)
+    if kept:
+        written["kv_cache_scheme"] = CACHES[kept]
     detail["exclude_modules"] = written["ignore"] = sorted(ignore)
     return {
         "quantization_config": written,
@@ -221,8 +257,9 @@ def parse(config: dict[str, Any], extra: dict[str, Any] | None, modules: Sequenc
         weight_only = bool(groups) and not any(g.get("input_activations") for g in groups)
         if str(name).upper() == "NVFP4" and weight_only:
             name = "W4A16_NVFP4"
-        scheme = _scheme("quantization", detail | found | {"quant_algo": name})
-        schemes = dict.fromkeys(included, scheme)
+        only_cache = name is None and _cache(found, detail) is not None
+        settings = detail | found | {"quant_algo": name}
+        schemes = {} if only_cache else dict.fromkeys(included, _scheme("quantization", settings))
     names = [entry for entry in excluded if "*" not in entry and "?" not in entry and "[" not in entry]
     ignore = dict.fromkeys([*names, *(m for m in modules if m not in schemes)])
     return Parsed(schemes, _cache(found, detail), tuple(ignore))
@@ -249,12 +286,15 @@ def _scheme(where: str, settings: Mapping[str, Any]) -> Scheme:
     return Scheme(weights, as_read(algorithm.scheme.inputs, ARITHMETIC))
 
 
-def _cache(found: Mapping[str, Any], detail: Mapping[str, Any]) -> Format | None:
+def _cache(found: Mapping[str, Any], detail: Mapping[str, Any]) -> Cache | None:
     stated = found.get("kv_cache_scheme") or found.get("kv_cache_quant_algo")
     scheme = stated or detail.get("kv_cache_quant_algo")
     if scheme is None:
         return None
-    eight = isinstance(scheme, dict) and (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
-    if not eight and str(scheme).upper() != "FP8":
-        raise InputError(f"the KV cache is quantized as {scheme!r}; mojax reads FP8 only")
-    return as_read(CACHE, ARITHMETIC)
+    name = str(scheme).upper()
+    if isinstance(scheme, dict) and scheme.get("type") == "float":
+        name = {8: "FP8", 4: "NVFP4"}.get(int(scheme.get("num_bits") or 0), name)
+    if name not in ("FP8", "NVFP4"):
+        raise InputError(f"the KV cache is quantized as {scheme!r}; mojax reads FP8 and NVFP4")
+    format = as_read({"FP8": FP8, "NVFP4": NV}[name], ARITHMETIC)
+    return Cache(format, format)

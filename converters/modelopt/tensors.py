@@ -16,6 +16,8 @@ from mojax.converters.base import (
     Get,
     amax_of,
     bytes_of,
+    cache_maxima,
+    cache_scales,
     expect,
     kind,
     narrow,
@@ -25,7 +27,6 @@ from mojax.converters.base import (
 )
 from mojax.converters.modelopt.schemes import ARITHMETIC, DIALECT, known
 from mojax.errors import InputError
-from mojax.formats import fp8
 from mojax.formats.base import QTensor, Scheme
 
 SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale")
@@ -160,14 +161,10 @@ def cache_names(attention: str) -> tuple[str, str]:
 
 
 def write_cache(attention: str, k_amax: Any, v_amax: Any, dtype: Any) -> dict[str, np.ndarray]:
-    """The scales of an FP8 KV cache, float32 `[]`, from the calibrated maxima; `dtype` is not used."""
-    format = fp8.FORMAT(per="tensor", arithmetic=ARITHMETIC)
-    maxima = zip(cache_names(attention), (k_amax, v_amax), strict=True)
-    return {name: static_outer(format, attention, amax, F32) for name, amax in maxima}
+    """The scales of a KV cache, float32 `[]`, from the maxima; `dtype` is not used."""
+    return cache_scales(cache_names(attention), (k_amax, v_amax), ARITHMETIC, F32)
 
 
-def read_cache(attention: str, get: Get) -> tuple[np.float32, np.float32]:
+def read_cache(attention: str, get: Get) -> tuple[np.ndarray, ...]:
     """The maxima of K and V that the file's scales stand for."""
-    k, v = (expect(name, get, FLOATS, ()).astype(F32) for name in cache_names(attention))
-    format = fp8.FORMAT(per="tensor", arithmetic=ARITHMETIC, as_read=True)
-    return amax_of(format, k), amax_of(format, v)
+    return cache_maxima([expect(name, get, FLOATS, ()) for name in cache_names(attention)], ARITHMETIC)

@@ -129,6 +129,11 @@ class Format:
         return 1
 
     @property
+    def block_columns(self) -> int:
+        """How many entries of a row share an inner scale; 0 for all of them."""
+        return 0
+
+    @property
     def static(self) -> bool:
         """As an input format: needs a maximum from calibration (`outer`)."""
         return False
@@ -182,6 +187,54 @@ class Format:
           `after`, float32 `[]` or `[..., out, 1]`, None for 1.
         """
         return narrow(self.value(codes, scales), dtype).astype(dtype), None
+
+    def step(self, scales: dict[str, Any]) -> jax.Array:
+        """What one unit of an element is worth: float32 `[..., out, blocks]`, `[1, 1]` without inner scales.
+
+        `value` is `element * step`. A block of zeros may have the step 0.
+        """
+        if "inner" in scales:
+            return jnp.asarray(scales["inner"]).astype(jnp.float32)
+        return jnp.asarray(scales["outer"], jnp.float32).reshape(1, 1)
+
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        """The element nearest to `y = w / step`, float32, with the ties of `round`; `y` may be negative.
+
+        Args:
+          zero: float32, the zero points, broadcastable to `y`, of a format that has them; an element is then
+            a code less its zero point.
+        """
+        raise TypeError(f"{self.name} cannot encode")
+
+    def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
+        """The legal inner scales nearest to `factor` (float32, positive, broadcastable) times those given.
+
+        In the dtype they rest in. Factor 1 gives the same scales; zero points do not change.
+
+        Raises:
+          TypeError: this format has no inner scales.
+        """
+        if "inner" not in scales:
+            raise TypeError(f"{self.label} has no inner scales")
+        inner = jnp.asarray(scales["inner"])
+        return (inner.astype(jnp.float32) * factor).astype(inner.dtype)
+
+    def candidates(self, scales: dict[str, Any], low: float, high: float, count: int) -> jax.Array:
+        """Legal inner scales around those of `scales`: `[..., out, blocks, n]`, the given ones first.
+
+        Args:
+          low, high: the window, times the given scales.
+          count: at most so many, at least 3. NVFP4 takes every E4M3 number of the window if that many are
+            enough (24 are for 0.25 to 1.75), MX formats one exponent less and one more whatever the window.
+        Returns:
+          `n <= count` scales a block in the dtype they rest in; some may occur twice. A format without inner
+          scales has no choice: its outer scale, `[1, 1, 1]`.
+        """
+        if "inner" not in scales:
+            return jnp.asarray(scales["outer"]).reshape(1, 1, 1)
+        inner = jnp.asarray(scales["inner"])[..., None]
+        factors = jnp.concatenate([jnp.ones(1, jnp.float32), jnp.linspace(low, high, count - 1)])
+        return self.rescaled({**scales, "inner": inner}, factors.reshape((1,) * (inner.ndim - 1) + (-1,)))
 
     def encode(self, w: Array, outer: Array | None = None) -> QTensor:
         """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own.
@@ -290,12 +343,21 @@ def _fake(format: Format, x: jax.Array, outer: jax.Array | None) -> jax.Array:
 
 
 class Scheme(NamedTuple):
-    """How one linear runs: the format of its weight and of its input (None: as they are)."""
+    """How one linear runs: y = q(x H) q(W H)^T, with the formats of its weight and of its input.
+
+    Attributes:
+      inputs: None for as they are.
+      hadamard: the order of the blocks of H, the orthonormal Hadamard matrix of `mojax.kernels.hadamard`
+        along the input axis: inputs are rotated when the linear runs, its weight before it was encoded.
+        0 for no rotation.
+    """
 
     weights: Format
     inputs: Format | None = None
+    hadamard: int = 0
 
     @property
     def label(self) -> str:
-        """`nvfp4, inputs as they are`."""
-        return f"{self.weights.label}, inputs {self.inputs.label if self.inputs else 'as they are'}"
+        """`nvfp4, inputs as they are`, `mxfp4, inputs mxfp4, both rotated by hadamard 32`."""
+        turned = f", both rotated by hadamard {self.hadamard}" if self.hadamard else ""
+        return f"{self.weights.label}, inputs {self.inputs.label if self.inputs else 'as they are'}{turned}"

@@ -43,6 +43,10 @@ class FP8(Format):
         return _BLOCK if self.per == "block" else 1
 
     @property
+    def block_columns(self) -> int:
+        return _BLOCK if self.per == "block" else 0
+
+    @property
     def static(self) -> bool:
         return self.per == "tensor"
 
@@ -68,6 +72,9 @@ class FP8(Format):
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         return codes.astype(jnp.float32) * self._spread(scales, codes.shape)
+
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        return e4m3(y).astype(jnp.float32)
 
     def factored(
         self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any

@@ -41,6 +41,10 @@ class INT4(Format):
         if not isinstance(self.symmetric, bool):
             raise InputError(f"int4 symmetric: {self.symmetric!r} is neither true nor false")
 
+    @property
+    def block_columns(self) -> int:
+        return self.group
+
     def check(self, shape: tuple[int, ...]) -> str | None:
         return indivisible(shape, self.group)
 
@@ -71,6 +75,11 @@ class INT4(Format):
         if not self.symmetric:
             q = q - _column(scales["zero"])
         return (q * _column(scales["inner"])).reshape(codes.shape)
+
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        if zero is None:
+            return rne(jnp.clip(y, -8, 7))
+        return rne(jnp.clip(y + zero, -8, 7)) - zero
 
 
 def _column(scale: jax.Array) -> jax.Array:

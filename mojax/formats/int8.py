@@ -55,6 +55,9 @@ class INT8(Format):
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         return codes.astype(jnp.float32) * _only(scales)
 
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        return jnp.clip(rne(y), -128, 127)
+
     def factored(
         self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
     ) -> tuple[jax.Array, jax.Array | None]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mojax.formats.base import Array, Format
-from mojax.formats.mxfp8 import fit_exponents
+from mojax.formats.mxfp8 import fit_exponents, moved_exponents, near_exponents
 from mojax.formats.numerics import (
     EVEN,
     blocks,
@@ -42,6 +42,10 @@ class MXFP4(Format):
     bits = 4
     largest = 6.0
 
+    @property
+    def block_columns(self) -> int:
+        return _BLOCK
+
     def check(self, shape: tuple[int, ...]) -> str | None:
         return indivisible(shape, _BLOCK)
 
@@ -55,6 +59,18 @@ class MXFP4(Format):
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         scale = power(scales["inner"])
         return (e2m1_value(blocks_under(codes, scale)) * scale[..., None]).reshape(codes.shape)
+
+    def step(self, scales: dict[str, Any]) -> jax.Array:
+        return power(jnp.asarray(scales["inner"]))
+
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        return e2m1_value(e2m1(y, _NEGATIVE[self.arithmetic](y), _TIES_UP[self.arithmetic]))
+
+    def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
+        return moved_exponents(scales["inner"], factor)
+
+    def candidates(self, scales: dict[str, Any], low: float, high: float, count: int) -> jax.Array:
+        return near_exponents(scales["inner"])
 
     def factored(
         self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any

@@ -19,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax.formats.base import Array, Format
-from mojax.formats.numerics import amax, blocks, divide, e4m3, exponent, indivisible, inverse_power, power
+from mojax.formats.numerics import (
+    amax,
+    blocks,
+    divide,
+    e4m3,
+    exponent,
+    indivisible,
+    inverse_power,
+    power,
+    rne,
+)
 
 _BLOCK = 32
 
@@ -42,6 +52,20 @@ def fit_exponents(w: jax.Array, format: Format) -> jax.Array:
     return _EXPONENT[format.arithmetic](amax(blocks(w, _BLOCK)), format.largest, w.dtype).astype(jnp.uint8)
 
 
+def near_exponents(inner: Any) -> jax.Array:
+    """E8M0 exponents, one less and one more, uint8 `[..., 3]`; what lies beyond the numbers stays."""
+    e = jnp.asarray(inner).astype(jnp.int32)[..., None]
+    near = jnp.concatenate([e, e - 1, e + 1], -1)
+    return jnp.where((e > 0) & (near > 0) & (near < 254), near, e).astype(jnp.uint8)
+
+
+def moved_exponents(inner: Any, factor: jax.Array) -> jax.Array:
+    """The E8M0 exponents nearest to those given times `factor`, on a logarithmic scale."""
+    e = jnp.asarray(inner).astype(jnp.int32)
+    moved = jnp.clip(e + rne(jnp.log2(factor)).astype(jnp.int32), 1, 253)
+    return jnp.where(e > 0, moved, e).astype(jnp.uint8)
+
+
 @dataclasses.dataclass(frozen=True)
 class MXFP8(Format):
     """MXFP8. Scales: "inner" uint8 `[..., in / 32]`, the exponent + 127."""
@@ -49,6 +73,10 @@ class MXFP8(Format):
     name = "mxfp8"
     bits = 8
     largest = 448.0
+
+    @property
+    def block_columns(self) -> int:
+        return _BLOCK
 
     def check(self, shape: tuple[int, ...]) -> str | None:
         return indivisible(shape, _BLOCK)
@@ -63,6 +91,18 @@ class MXFP8(Format):
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
         x = blocks(codes, _BLOCK).astype(jnp.float32)
         return (x * power(scales["inner"])[..., None]).reshape(codes.shape)
+
+    def step(self, scales: dict[str, Any]) -> jax.Array:
+        return power(jnp.asarray(scales["inner"]))
+
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        return e4m3(y).astype(jnp.float32)
+
+    def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
+        return moved_exponents(scales["inner"], factor)
+
+    def candidates(self, scales: dict[str, Any], low: float, high: float, count: int) -> jax.Array:
+        return near_exponents(scales["inner"])
 
     def factored(
         self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from mojax.formats.base import Array, Format
@@ -34,6 +35,7 @@ from mojax.formats.numerics import (
 _BLOCK = 16
 _RANGE = 6 * 448.0  # of an element times that of a block scale
 _SMALLEST = 2.0**-9  # of E4M3
+_POSITIVE = np.arange(1, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 class _Rule(NamedTuple):
@@ -90,6 +92,10 @@ class NVFP4(Format):
     def fused(self) -> bool:
         return True
 
+    @property
+    def block_columns(self) -> int:
+        return _BLOCK
+
     def check(self, shape: tuple[int, ...]) -> str | None:
         return indivisible(shape, _BLOCK)
 
@@ -102,11 +108,11 @@ class NVFP4(Format):
         return {"inner": e4m3(_RULES[self.arithmetic].inner(top, scale, w.dtype)), "outer": scale}
 
     def round(self, w: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
-        y = divide(blocks(w.astype(jnp.float32), _BLOCK), self._step(scales))
+        y = divide(blocks(w.astype(jnp.float32), _BLOCK), self.step(scales)[..., None])
         return e2m1(y, y < 0).reshape(w.shape)
 
     def value(self, codes: jax.Array, scales: dict[str, jax.Array]) -> jax.Array:
-        return (e2m1_value(blocks(codes, _BLOCK)) * self._step(scales)).reshape(codes.shape)
+        return (e2m1_value(blocks(codes, _BLOCK)) * self.step(scales)[..., None]).reshape(codes.shape)
 
     def factored(
         self, codes: jax.Array, scales: dict[str, jax.Array], dtype: Any
@@ -117,10 +123,29 @@ class NVFP4(Format):
         after = _RULES[self.arithmetic].step(jnp.ones_like(outer), outer)
         return w.reshape(codes.shape).astype(jnp.bfloat16), after  # 2 by 4 bits of mantissa: exact
 
-    def _step(self, scales: dict[str, jax.Array]) -> jax.Array:
-        inner = scales["inner"].astype(jnp.float32)
+    def step(self, scales: dict[str, Any]) -> jax.Array:
+        inner = jnp.asarray(scales["inner"]).astype(jnp.float32)
         outer = jnp.asarray(scales["outer"], jnp.float32).reshape(())
-        return _RULES[self.arithmetic].step(inner, outer)[..., None]
+        return _RULES[self.arithmetic].step(inner, outer)
+
+    def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+        return e2m1_value(e2m1(y, y < 0))
+
+    def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
+        inner = jnp.asarray(scales["inner"]).astype(jnp.float32) * factor
+        return e4m3(jnp.maximum(inner, _SMALLEST))
+
+    def candidates(self, scales: dict[str, Any], low: float, high: float, count: int) -> jax.Array:
+        inner = jnp.asarray(scales["inner"])[..., None]
+        now = inner.astype(jnp.float32)
+        known = jnp.asarray(_POSITIVE)
+        first = jnp.searchsorted(known, low * now, side="left")
+        found = jnp.searchsorted(known, high * now, side="right") - first
+        most = count - 1
+        apart = jnp.maximum(found - 1, most - 1)  # more than fit in `count` are taken evenly
+        ranks = jnp.arange(most).reshape((1,) * (now.ndim - 1) + (-1,)) * apart // (most - 1)
+        chosen = e4m3(known[jnp.minimum(first + ranks, len(_POSITIVE) - 1)])
+        return jnp.concatenate([inner, jnp.where(ranks < found, chosen, inner)], -1)
 
 
 FORMAT = NVFP4

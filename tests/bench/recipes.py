@@ -38,7 +38,8 @@ def main() -> None:
     print(f"{'recipe':20s} {'KL':>8s} {'p99':>8s} {'top-1':>7s} {'bits':>6s} {'seconds':>8s}")
     for name in args.names or recipe.names():
         with tempfile.TemporaryDirectory() as folder:
-            r = mojax.optimize("tiny", name, Path(folder) / "out", kl_limit=float("inf"))
+            own = {"format": "bitsandbytes", "target": "transformers"} if name == "nf4" else {}
+            r = mojax.optimize("tiny", name, Path(folder) / "out", kl_limit=float("inf"), **own)
         print(
             f"{name:20s} {r.kl_mean:8.5f} {r.kl_p99:8.4f} {r.top1_agreement:7.2%} {r.bits_per_weight:6.2f} "
             f"{r.seconds:8.1f}",

@@ -8,8 +8,8 @@ TOKENS.npz holds one integer array [sequences, length] (key `--key`). OUT.npz ge
     seconds    float64 []: loading and answering
     kernels    str [..]: the kernel class of every quantized linear layer, `module=Kernel`
 
-The wheel has no CPU kernel for NVFP4, MXFP4, MXFP8, static FP8 and (without AMX) FP8 blocks. Plain torch
-kernels are registered for those. Nothing else of vLLM is replaced: reading the config, matching targets and
+The wheel has no CPU kernel for NVFP4, MXFP4, MXFP8, static FP8, Hadamard blocks and (without AMX) FP8 blocks.
+Plain torch kernels are registered for those. Nothing else of vLLM is replaced: reading the config, matching targets and
 ignore lists, loading fused layers and interpreting scales is what this script is there to exercise.
 """
 
@@ -187,6 +187,15 @@ def silu_and_mul_fp8(output, x, scale):
     static_fp8(output, (torch.nn.functional.silu(gate) * up).to(x.dtype), scale)
 
 
+def hadacore(x, inplace):
+    """_C::hadacore_transform: x H / sqrt(n) along the last axis, with Sylvester's matrix; a new tensor."""
+    turned, width = x.float(), 1
+    while width < x.shape[-1]:
+        a, b = turned.unflatten(-1, (-1, 2, width)).unbind(-2)
+        turned, width = torch.stack((a + b, a - b), dim=-2).flatten(-3), 2 * width
+    return (turned / x.shape[-1] ** 0.5).to(x.dtype)
+
+
 def register() -> None:
     """Put the kernels above where vLLM looks for them; before vLLM imports its quantization schemes."""
     linear.init_nvfp4_linear_kernel = choose_nvfp4
@@ -195,6 +204,7 @@ def register() -> None:
     operators: Any = torch.ops._C
     operators.static_scaled_fp8_quant = static_fp8
     operators.silu_and_mul_quant = silu_and_mul_fp8
+    operators.hadacore_transform = hadacore
 
 
 def has_inputs(folder: Path) -> bool:

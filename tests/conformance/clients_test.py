@@ -157,7 +157,7 @@ def test_packed_and_decoded_are_as_far(name, quantize, tokens, source):
     assert kl(source, packed) == pytest.approx(decoded, rel=0.1)
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", [n for n in recipe.names() if n != "nf4"])
 def test_the_client_computes_what_mojax_computes(name, quantize, tokens, source):
     folder = quantize(name)
     agree(folder, tokens, source, ask(folder, tokens, **options(name)))
@@ -174,7 +174,8 @@ def written(tmp_path, *rules):
 def test_every_scheme_that_transformers_should_load_is_tested(quantize):
     claimed = {pair for pair, targets in LOADS.items() if "transformers" in targets}
     assert set(BEYOND) <= claimed
-    shipped = len(recipe.names()) - len(DEQUANTIZED) - 1  # smoothquant has the formats of int8
+    alike = ("int8_smoothquant", "nvfp4_cast")  # the formats of int8 and of nvfp4_weight_only
+    shipped = len(recipe.names()) - len(DEQUANTIZED) - len(alike) - 1  # nf4 has a dialect of its own
     assert len(claimed) == shipped + len(BEYOND)
 
 

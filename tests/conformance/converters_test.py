@@ -719,7 +719,7 @@ def test_schemes_a_dialect_lacks_cannot_be_written():
 
 def test_every_converter_has_what_the_others_have():
     names = find.names("converters")
-    assert names == ("compressed_tensors", "hf_fp8", "modelopt")
+    assert names == ("bitsandbytes", "compressed_tensors", "hf_fp8", "hf_mxfp4", "modelopt")
     for name in names:
         module = find.find("converters", name)
         reads = {"DIALECT", "ARITHMETIC", "WRITES", "METHODS", "SUFFIXES", "check", "parse", "read"}

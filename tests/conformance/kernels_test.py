@@ -28,11 +28,11 @@ KERNELS = tuple("attention conv dequantize grouped_matmul hadamard matmul quanti
 def value(q):
     """What a kernel multiplies with, in float64: the decoded weight, rounded only where a server rounds it.
 
-    Integers of groups and FP8 of blocks are rounded to the weight's dtype; of the other formats codes and
+    Integers of groups, NF4 and FP8 of blocks are rounded to the weight's dtype; of the other formats codes and
     inner scales are multiplied exactly, and what is left of the scales meets the sum.
     """
     w = np.asarray(q.format.decode(q))
-    rounds = q.format.name == "int4" or getattr(q.format, "per", "") == "block"
+    rounds = q.format.name in ("int4", "nf4") or getattr(q.format, "per", "") == "block"
     return (w.astype(q.dtype) if rounds else w).astype(np.float64)
 
 

@@ -1,0 +1,390 @@
+"""The blocks of a model in order: what the steps see of each, what they make of it, what the next one sees.
+
+Two streams of activations run through the blocks. The source's is what the model computes; the other, kept
+where a step asks for it, has gone through what was encoded before, with inputs rounded as a server rounds
+them. Inside a block the weights that read one input are encoded together, in the order of the program, so
+that a later one sees what became of an earlier one. Then steps that tune the block as a whole get it as a
+function, with what reaches it in the other stream and what it should give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mojax import calibration, checkpoint, interpret
+from mojax.calibration import ENCODE, SEQUENTIAL, STATISTICS, Stats, calibrate_block, product, rows_of
+from mojax.compile import jit
+from mojax.errors import NotFiniteError
+from mojax.gradients import Gradients, gradients
+from mojax.kernels.hadamard import hadamard
+from mojax.model import Lazy, Model
+from mojax.models.layers import Block
+from mojax.plans import READS, Plan
+from mojax.program import INPUT, Program, block_of, cache_scales, run_block, simulated, watched
+from mojax.threads import each
+from mojax.transforms.base import Context, Outcome, Passage
+from mojax.transforms.rtn import static_maximum
+
+Observe = Callable[[tuple[str, ...], Mapping[str, Any]], Mapping[str, Mapping[str, Any]]]
+
+
+class Made(NamedTuple):
+    """What became of one block: the leaves that the steps change or add, and what they saw."""
+
+    leaves: dict[str, Any]
+    stats: Stats
+
+
+def transform(
+    plan: Plan,
+    block: Block | None,
+    params: Mapping[str, Any],
+    stats: Mapping[str, Mapping[str, Any]],
+    observe: Observe | None = None,
+    log: Callable[[Outcome], None] = lambda outcome: None,
+) -> dict[str, Any]:
+    """The leaves of one block (None: of what is outside the blocks) that the plan's steps change or add.
+
+    Args:
+      params: the leaves of that block.
+      stats: of its inputs, by weight.
+      observe: the statistics that the encoding steps need of some weights, given the leaves so far; by
+        default those in `stats`.
+      log: called with the outcomes of steps.
+    """
+    context = plan.context(block)._replace(log=log)
+    changed = dict(plan.migration.apply(params, stats, context))
+    return changed | encode(plan, block, {**params, **changed}, stats, observe, log)
+
+
+def encode(
+    plan: Plan,
+    block: Block | None,
+    params: Mapping[str, Any],
+    stats: Mapping[str, Mapping[str, Any]],
+    observe: Observe | None = None,
+    log: Callable[[Outcome], None] = lambda outcome: None,
+) -> dict[str, Any]:
+    """The second half of `transform`: weights of rotated inputs are rotated, inputs get static scales, then
+    the encoding steps come, input after input."""
+    context = plan.context(block)._replace(log=log)
+    changed = rotated(context, params)
+    for module, scheme in context.schemes.items():
+        if scheme.inputs is None or not scheme.inputs.static:
+            continue
+        if scheme.hadamard:  # a migration that made the leaf did not see the rotation
+            changed[module + INPUT] = static_maximum(module + ".weight", calibration.encoding(stats))
+        elif module + INPUT not in params:
+            changed[module + INPUT] = static_maximum(module + ".weight", stats)
+    for name in plan.observed(block) if block else ():
+        if name.endswith("_cache") and plan.cache is not None:
+            changed |= plan.cache.leaves(name, stats)
+    for weights in plan.stages(block):
+        now = {**params, **changed}
+        seen = observe(weights, now) if observe else calibration.encoding(stats)
+        changed |= plan.encoding.apply(now, seen, context.only(weights))
+    return changed
+
+
+def rotated(context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights `W H` of the linears whose inputs are rotated when they run, in their own dtype."""
+    turns = {module + ".weight": scheme.hadamard for module, scheme in context.schemes.items()}
+    return {n: np.asarray(hadamard(params[n], block=block)) for n, block in turns.items() if block}
+
+
+class Stream:
+    """Both streams, at the input of the block that comes next.
+
+    Args:
+      tokens: int32 `[sequences, length]`.
+      scratch: a folder for what migrations make of the blocks while gradients are taken; None: memory.
+      say: called with a line for every block that a pass before the encoding has done.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        tokens: np.ndarray,
+        scratch: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.model, self.plan = model, plan
+        self.source: Sequence[jax.Array] = calibration.start(model, tokens)
+        self.seen: Sequence[jax.Array] = self.source
+        self._ready: dict[str, tuple[Mapping[str, Any], Stats]] = {}  # of migrated blocks
+        self._gradients = Gradients({}, {})
+        draws = plan.recipe.calibration.gradients
+        if draws and "gram" in plan.encoding.needs:
+            begin = self.source
+            migrated = self._migrate_all(scratch, say)
+            self.source = begin
+            say(f"gradients: {draws} passes over {len(model.blocks)} blocks")
+            weights = {b.prefix: [w for s in plan.stages(b) for w in s] for b in model.blocks}
+            self._gradients = gradients(
+                migrated, tokens, draws=draws, seed=plan.recipe.calibration.seed, weights=weights
+            )
+
+    def make(self, block: Block, log: Callable[[Outcome], None] = lambda outcome: None) -> Made:
+        """Transform the next block, and go on to the one after it."""
+        params = {n: self.model.params[n] for n in self.model.params if n.startswith(block.prefix)}
+        out = None
+        if block.prefix in self._ready:
+            migrated, stats = self._ready[block.prefix]
+            leaves = {n: np.asarray(w) for n, w in migrated.items()}
+        else:
+            out, stats = self._watch(block)
+            context = self.plan.context(block)._replace(log=log)
+            leaves = dict(self.plan.migration.apply(params, stats, context))
+        plain, taken = {**params, **leaves}, self._rotated_maxima(block, {**params, **leaves})
+        stats = stats | taken
+
+        def observe(weights: tuple[str, ...], now: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+            seen = self._observe(block, stats, plain, weights, now)
+            taken.update({w + ENCODE: values for w, values in seen.items() if self.plan.encoding.needs})
+            return seen
+
+        leaves |= encode(self.plan, block, plain, stats, observe, log)
+        if self.plan.tuning:
+            out = out or _through(self.model.program(block), self.model.local(block), self.source)
+            leaves |= self._tune(block, plain, {**params, **leaves}, out, log)
+        self._advance(block, out, {**params, **leaves})
+        return Made(leaves, Stats(stats | taken))
+
+    def skip(self, block: Block, leaves: Mapping[str, Any]) -> None:
+        """Go on past a block that was finished before: `leaves` as it was written."""
+        self._advance(block, None, leaves)
+
+    def _watch(self, block: Block) -> tuple[list[jax.Array] | None, Stats]:
+        """The source's output of a block, and the statistics that are taken before any step; if any are."""
+        plan = self.plan
+        if not plan.watched:
+            return None, Stats()
+        return calibrate_block(self.model, block, self.source, plan.observed(block), plan.watched)
+
+    def _migrate_all(self, scratch: Path | None, say: Callable[[str], None]) -> Model:
+        """The model after the steps that leave its function as it is; blocks are kept for `make`."""
+        made: dict[str, Callable[[], Any]] = {}
+        for block in self.model.blocks if self.plan.watched else ():
+            out, stats = self._watch(block)
+            params = {n: self.model.params[n] for n in self.model.params if n.startswith(block.prefix)}
+            leaves = dict(self.plan.migration.apply(params, stats, self.plan.context(block)))
+            kept = _kept(scratch, block, leaves)
+            self._ready[block.prefix] = kept, stats
+            made |= {n: functools.partial(kept.__getitem__, n) for n in kept}
+            assert out is not None
+            self.source = out
+            say(f"moved: {block.prefix.rstrip('.')}")
+        params = self.model.params
+        rest = {n: functools.partial(params.__getitem__, n) for n in params}
+        return dataclasses.replace(self.model, params=Lazy(rest | made))
+
+    def _rotated_maxima(self, block: Block, plain: Mapping[str, Any]) -> Stats:
+        """What static scales of rotated inputs need, under the names that the encoding steps see."""
+        schemes = self.plan.context(block).schemes.items()
+        static = [(m, s) for m, s in schemes if s.hadamard and s.inputs is not None and s.inputs.static]
+        weights = tuple(m + ".weight" for m, _ in static)
+        found = self._observe(block, Stats(), plain, weights, plain, ("absmax", "count"))
+        return Stats({w + ENCODE: values for w, values in found.items()})
+
+    def _observe(
+        self,
+        block: Block,
+        stats: Stats,
+        plain: Mapping[str, Any],
+        weights: tuple[str, ...],
+        params: Mapping[str, Any],
+        needs: tuple[str, ...] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """What the encoding steps need of the inputs of `weights`.
+
+        Args:
+          stats: taken before any step; plain: the block's leaves after its migration; params: those now.
+          needs: other statistics than those.
+        """
+        needs = self.plan.encoding.needs if needs is None else needs
+        seen = calibration.encoding(stats)
+        found = {w: dict(seen.get(w, {})) for w in weights}
+        schemes = self.plan.schemes
+        sites = {
+            s.weight: (s.group, schemes[s.weight.removesuffix(".weight")].hadamard)
+            for s in self.plan.context(block).sites
+            if s.op in READS and s.weight in weights
+        }
+        watched = [w for w in weights if w in sites]
+        if not needs or not watched:
+            return found
+        n = len(block.prefix)
+        first: dict[tuple[int, int], str] = {}
+        groups: dict[str, list[str]] = {}
+        for w in watched:
+            groups.setdefault(first.setdefault(sites[w], w), []).append(w)
+        local = {name[n:]: leaf for name, leaf in params.items()}
+        device = jax.device_put(local)
+        whole = {m[n:]: w for m, w in plain.items() if not m.endswith(INPUT)}
+        whole |= {m: device[m] for m, w in whole.items() if local[m] is w}  # held once
+        programs = self.model.program(block), self._encoded().program(block)
+        shape = tuple((leader[n:], tuple(w[n:] for w in members)) for leader, members in groups.items())
+        tokens = {w[n:]: self._gradients.tokens[w] for w in watched if w in self._gradients.tokens}
+
+        def run(i: int) -> dict[str, dict[str, np.ndarray]]:
+            weighted = {w: v[i] for w, v in tokens.items()}
+            pair = self.source[i], self.seen[i]
+            taken = observe(*programs, needs, shape, whole, device, *pair, weighted)
+            return {w: {k: np.asarray(v) for k, v in values.items()} for w, values in taken.items()}
+
+        merged = Stats()
+        for taken in [run(0), *each(run, range(1, len(self.source)))]:
+            merged = merged.merge(taken)
+        for w in watched:
+            values = merged[w[n:]]
+            _finite(w, values)
+            found[w] |= values
+            if w in self._gradients.output_gram:
+                found[w]["output_gram"] = self._gradients.output_gram[w]
+        return found
+
+    def _tune(
+        self,
+        block: Block,
+        plain: Mapping[str, Any],
+        params: Mapping[str, Any],
+        out: Sequence[jax.Array],
+        log: Callable[[Outcome], None],
+    ) -> dict[str, Any]:
+        """The leaves that steps of the "tune" phase change.
+
+        Args:
+          plain, params: as in `_observe`; out: what the block gives in the source's stream.
+        """
+        context = self.plan.context(block)
+        targets = {m + ".weight": plain[m + ".weight"] for m in context.schemes} | rotated(context, plain)
+        # Rounding a cache has no gradient, and no weight can make up for it.
+        program = self._encoded().program(block)._replace(cache=None)
+        passage = Passage(Whole(program), block.prefix, self.seen, out)
+        changed: dict[str, Any] = {}
+        for step in self.plan.tuning:
+            assert step.tune is not None
+            now = {**params, **changed}
+            changed |= step.tune(now, passage, context._replace(targets=targets, log=log))
+        return changed
+
+    def _encoded(self) -> Model:
+        return dataclasses.replace(self.model, schemes=self.plan.schemes, cache=self.plan.cache)
+
+    def _advance(self, block: Block, out: list[jax.Array] | None, leaves: Mapping[str, Any]) -> None:
+        """Both streams through the block; the other one with the leaves that it has now."""
+        before, n = self.source, len(block.prefix)
+        if out is None:
+            out = _through(self.model.program(block), self.model.local(block), before)
+        self.source = out
+        if self.plan.sequential:
+            local = {name[n:]: leaf for name, leaf in leaves.items()}
+            self.seen = _through(self._encoded().program(block), local, self.seen)
+
+
+class Whole(NamedTuple):
+    """A block as a function of its leaves and its input; `Passage.run`."""
+
+    program: Program
+
+    def __call__(self, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        return simulated(self.program, block_of(self.program))(params, x, cache_scales(params))
+
+
+def _through(program: Program, params: Mapping[str, Any], xs: Sequence[Any]) -> list[jax.Array]:
+    run = functools.partial(run_block, program, jax.device_put(params))
+    return jax.block_until_ready([run(xs[0]), *each(run, xs[1:])])
+
+
+def _kept(scratch: Path | None, block: Block, leaves: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The leaves, in a file of `scratch` if there is one."""
+    if scratch is None or not leaves:
+        return leaves
+    path = scratch / f"{block.prefix}safetensors"
+    checkpoint.write_shard(path, {n: np.asarray(w) for n, w in leaves.items()})
+    return checkpoint.read_shard(path)
+
+
+def _finite(weight: str, values: Mapping[str, Any]) -> None:
+    for statistic in ("gram", "seen_gram", "abssum", "sumsq", "sample"):
+        if statistic in values and not np.isfinite(np.sum(values[statistic])):
+            raise NotFiniteError(
+                f"{weight}: its inputs are not finite during calibration; the model overflows in its own "
+                "dtype on this text, check the checkpoint or the text"
+            )
+
+
+@jit(static_argnums=(0, 1, 2, 3))
+def observe(
+    source: Program,
+    encoded: Program,
+    needs: tuple[str, ...],
+    groups: tuple[tuple[str, tuple[str, ...]], ...],
+    plain: Mapping[str, Any],
+    params: Mapping[str, Any],
+    x: Any,
+    seen: Any,
+    tokens: Mapping[str, Any],
+) -> dict[str, dict[str, jax.Array]]:
+    """Statistics of the inputs of some weights of a block, in both streams; rotated where they are to be.
+
+    Args:
+      source, encoded: the block as it is, and with encoded weights and rounded inputs.
+      groups: a weight whose input is observed, and the weights that read the same; names in the block.
+      plain, params: leaves for the two programs; those of `plain` are in full precision.
+      x, seen: the block's input in the two streams, `[batch, length, hidden]`.
+      tokens: by weight, what every token's error counts ("gram" is then of the source's inputs); else empty.
+    """
+    leaders = tuple(leader for leader, _ in groups)
+    sequential = [need for need in needs if need in SEQUENTIAL and not (need == "gram" and tokens)]
+    a = _inputs(source, leaders, plain, x)
+    for module, block in encoded.rotated:
+        if (leader := module + ".weight") in a:
+            rows, sizes = a[leader]
+            a[leader] = hadamard(rows, block=block, implementation="xla"), sizes
+    b = _inputs(encoded, leaders, params, seen) if sequential else a
+    found: dict[str, dict[str, jax.Array]] = {}
+    for leader, weights in groups:
+        (rows, sizes), (after, after_sizes) = a[leader], b[leader]
+        values = {n: _take(n, rows, sizes) for n in needs if n in STATISTICS and n != "gram"}
+        if "gram" in needs and not tokens:
+            values["gram"] = _take("gram", after, after_sizes)
+        if "seen_gram" in needs:
+            values["seen_gram"] = _take("gram", after, after_sizes)
+        if "drift" in needs and sizes is None and rows.ndim == 2:
+            values["drift"] = product(rows - after, after)
+        for w in weights:
+            felt = {}
+            if "gram" in needs and tokens:
+                felt["gram"] = _take("gram", rows * jnp.sqrt(tokens[w])[:, None], sizes)
+            found[w] = values | felt
+    return found
+
+
+def _inputs(
+    program: Program, leaders: Sequence[str], params: Mapping[str, Any], x: Any
+) -> dict[str, tuple[jax.Array, jax.Array | None]]:
+    """The inputs of some weights of a block, float32 `[tokens, in]`, and the sizes of groups, if any."""
+
+    def look(place: interpret.Place, rounded: Callable[[], Any]) -> Any:
+        if place.name not in leaders or place.op not in READS:
+            return None
+        return rows_of(place, rounded()), place.groups
+
+    return watched(program, block_of(program), look)(params, x, cache_scales(params))[1]
+
+
+def _take(need: str, rows: jax.Array, sizes: jax.Array | None) -> jax.Array:
+    statistic = STATISTICS[need]
+    if sizes is None:
+        return statistic.take(rows)
+    return statistic.take_groups(rows, sizes)
