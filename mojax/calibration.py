@@ -103,6 +103,7 @@ STATISTICS: Mapping[str, Statistic] = {
 }
 # Sums that need more than the inputs of one place: see `mojax.stream` and `mojax.gradients`.
 SEQUENTIAL = ("gram", "seen_gram", "drift")  # of inputs as what was encoded before makes them, [in, in]
+ROTATION = "rotation"  # under the name of a space: its orthogonal matrix, learned (see `mojax.rewrite`)
 SUMS = (*SEQUENTIAL[1:], "output_gram")
 ENCODE = "@encode"  # ends the name of a weight whose statistics are those that the encoding steps see
 
@@ -167,7 +168,7 @@ class Stats(dict[str, dict[str, Any]]):
         stats = Stats()
         for key, value in checkpoint.read_shard(Path(path)).items():
             name, _, statistic = key.rpartition(".")
-            if statistic not in (known := (*STATISTICS, *SUMS)):
+            if statistic not in (known := (*STATISTICS, *SUMS, ROTATION)):
                 raise InputError(f"{path}: {key}: unknown statistic{nearest(statistic, known)}")
             stats.setdefault(name, {})[statistic] = np.array(value)
         return stats

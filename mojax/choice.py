@@ -80,16 +80,16 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     recipe = adjusted(recipe, keep=(keep,) if isinstance(keep, str) else tuple(keep or ()))
     choice = Choice({}, {}, {}, made_steps(recipe), [])
-    if tuning := [name for (name, _), step in zip(recipe.steps, choice.steps, strict=True) if step.tune]:
+    if tuning := [step.name for step in choice.steps if step.tune]:
         raise InputError(
             f"steps: {tuning[0]} tunes the blocks of a checkpoint's model, and a function has none; leave it "
             "out, or use mojax.optimize on a checkpoint"
         )
-    for (name, _), step in zip(recipe.steps, choice.steps, strict=True):
+    for step in choice.steps:
         if lost := [need for need in step.needs if need not in STATISTICS] or step.phase == "model":
             what = "rewrites" if lost is True else "looks at what was encoded before in"
             choice.problems.append(
-                f"steps: {name} {what} the blocks of a checkpoint's model, and a function has none; "
+                f"steps: {step.name} {what} the blocks of a checkpoint's model, and a function has none; "
                 "leave it out"
             )
     places: dict[str, list[Site]] = {}

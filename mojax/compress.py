@@ -167,6 +167,7 @@ def quantize(
         return _with(model, packed_specs(model, choice), choice, fake=False)
     params = {n: model.params[n] for n in model.names}
     params |= _transformed(model, params, choice, _both(choice), stats)
+    params |= {scale_name(n): _maximum(n, stats) for n in choice.static if scale_name(n) not in params}
     return _with(model, params, choice, fake=False)
 
 

@@ -17,7 +17,6 @@ from mojax.planner import TARGETS
 from mojax.plans import Plan, Row
 from mojax.program import INPUT
 from mojax.recipe import Calibration, Recipe
-from mojax.transforms.base import chain
 from mojax.writer import Writer
 
 
@@ -112,7 +111,7 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
         )
     count = sum(int(np.prod(r.shape)) for r in rows)
     recipe = Recipe("converted", "the codes of the source", (), (), Calibration(), {})
-    return Plan(tuple(rows), recipe, target, servers[0], chain(), {}, model.cache, count)
+    return Plan(tuple(rows), recipe, target, servers[0], (), {}, model.cache, count)
 
 
 def role_of(name: str, encodable: bool) -> str:

@@ -55,8 +55,8 @@ class Rule:
 class Calibration(NamedTuple):
     """Which text calibrates: `builtin` or a file, and how many sequences of how many tokens.
 
-    `gradients`: how many times the loss is differentiated, each time with labels drawn anew from the model's own
-    predictions; 0 for never. Steps then weigh errors by what they do to the predictions.
+    `gradients`: how many times the loss is differentiated, each time with labels drawn anew from the model's
+    own predictions; 0 for never. Steps then weigh errors by what they do to the predictions.
     """
 
     text: str = "builtin"

@@ -128,6 +128,11 @@ def unchanged(m: Matrix, note: str = "") -> Solved:
     return Solved(m.scales, None if m.q is None else m.values, 0.0, 0.0, note)
 
 
+def unchanged_scales(m: Matrix) -> Solved:
+    """The codes nearest to the matrix under the scales of the step before."""
+    return Solved(m.scales, None, 0.0, 0.0)
+
+
 Fit = Callable[[Format, np.float32, np.dtype], Any]
 
 

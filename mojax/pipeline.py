@@ -62,13 +62,13 @@ def calibrate(model: Model, plan: Plan, tokens: np.ndarray) -> Stats:
     """
     _untuned(plan)
     model = as_source(model)
-    stats = rewrite.learned(model, plan, tokens)
-    model = rewrite.rewritten(model, plan, stats)
+    learned, stats = rewrite.learned(model, plan, tokens), Stats()
+    model = rewrite.rewritten(model, plan, learned)
     if plan.needs:
         stream = Stream(model, plan, tokens)
         for block in model.blocks:
             stats |= stream.make(block).stats
-    return stats
+    return stats.merge(learned)
 
 
 def apply(
@@ -95,8 +95,7 @@ def apply(
 
 
 def _untuned(plan: Plan) -> None:
-    named = zip(plan.recipe.steps, plan.steps, strict=True)
-    if tuning := [name for (name, _), step in named if step.tune]:
+    if tuning := [step.name or "a step" for step in plan.steps if step.tune]:
         raise InputError(
             f"steps: {tuning[0]} tunes whole blocks on their activations, which statistics do not hold; use "
             "mojax.optimize or `mojax quantize`, which do it block by block, or leave this step out"

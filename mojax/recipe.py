@@ -261,4 +261,5 @@ def _shipped(wanted: str) -> str:
         raise InputError(f"{wanted} is called {ours} here")
     if os.path.isfile(f"{wanted}.yaml"):
         raise InputError(f"no shipped recipe is called {wanted!r}; for the file say {wanted}.yaml")
-    raise InputError(f"no shipped recipe is called {wanted!r}{nearest(name, (*names(), *layers()))} (a file ends in .yaml)")
+    near = nearest(name, (*names(), *layers()))
+    raise InputError(f"no shipped recipe is called {wanted!r}{near} (a file ends in .yaml)")

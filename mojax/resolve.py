@@ -75,7 +75,7 @@ def made_steps(recipe: Recipe) -> tuple[Transform, ...]:
             if key not in known:
                 raise InputError(f"steps: {name} has no option {key!r}{nearest(key, known)}")
         try:
-            steps.append(make(**options))
+            steps.append(make(**options)._replace(name=name))
         except TypeError as error:
             said = ", ".join(f"{key}: {value!r}" for key, value in options.items())
             raise InputError(f"steps: {name} cannot use {said}; a value is of the wrong type") from error

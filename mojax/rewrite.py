@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mojax import calibration, experts, trace
-from mojax.calibration import Stats, calibrate_block
+from mojax.calibration import ROTATION, Stats, calibrate_block
 from mojax.checkpoint import Derived, Spec
 from mojax.distance import recorded
 from mojax.errors import InputError
@@ -38,7 +38,6 @@ from mojax.transforms.base import Context, Outcome, Transform
 
 TIED = "tie_word_embeddings"  # of config.json
 SAVED = "rotations.npz"  # the matrices that cannot be made anew, in an output
-ROTATION = "rotation"  # the statistic that holds one, under the name of its space
 LEARNED = 4096  # tokens that rotations are learned from, at most
 EMPTY: Mapping[str, np.ndarray] = MappingProxyType({})
 

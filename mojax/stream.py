@@ -145,7 +145,7 @@ class Stream:
             context = self.plan.context(block)._replace(log=log)
             leaves = dict(self.plan.migration.apply(params, stats, context))
         plain, taken = {**params, **leaves}, self._rotated_maxima(block, {**params, **leaves})
-        stats = stats | taken
+        stats = Stats(stats | taken)
 
         def observe(weights: tuple[str, ...], now: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
             seen = self._observe(block, stats, plain, weights, now)

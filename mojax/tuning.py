@@ -124,7 +124,9 @@ def tune(
 
 def _matrices(q: QTensor) -> bool:
     """Whether it is `[out, in]` or `[experts, out, in]`."""
-    return q.batch in ((), (0,)) and q.contract in ((), (len(q.shape) - 1,)) and len(q.shape) - len(q.batch) == 2
+    return (
+        q.batch in ((), (0,)) and q.contract in ((), (len(q.shape) - 1,)) and len(q.shape) - len(q.batch) == 2
+    )
 
 
 def nearest(step: str, params: Params, stats: Stats, context: Context) -> Params:

@@ -201,7 +201,7 @@ def test_fp8_products_are_those_of_ml_dtypes():
 
 
 def test_keys_hurt_more_than_values(source, stats):
-    """Mean KL: FP8, FP8 keys with NVFP4 values, the other way around, NVFP4; what a rotation and a skip gain."""
+    """FP8, FP8 keys with NVFP4 values, the other way around, NVFP4; what a rotation and a skip gain."""
 
     said = recipe.adjusted(recipe_of("fp8"), sequences=12, length=256)
     longer = pipeline.read_text(source, mojax.plan(source, said), said, None, "evaluation").ids

@@ -31,6 +31,7 @@ NAMES = [n for n in recipe.names() if recipe.choose(recipe.load_recipe(n), "*").
 TARGET = {(name, d): "vllm" for name in NAMES for d in DIALECTS}
 TARGET |= {("int4", "modelopt"): "trtllm", ("mxfp4_weight_only", "modelopt"): "trtllm"}
 REFUSED = [(name, "modelopt") for name in ("mxfp4", "int8", "int8_smoothquant", "int4_asymmetric")]
+REFUSED += [(name, "modelopt") for name in ("mxfp4_hadamard", "int8_hadamard")]
 REFUSED += [("nf4", dialect) for dialect in DIALECTS]  # a dialect of its own: tests/nf4_test.py
 
 
@@ -577,7 +578,9 @@ def test_tokens_from_npz(tmp_path, tokens):
     assert optimize(source, "fp8_dynamic", tmp_path / "free", evaluate=False).kl_mean is None
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("fp8", "nvfp4", "int8_smoothquant", "nf4")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in ("fp8", "nvfp4", "int8_smoothquant", "int8_hadamard", "nf4")]
+)
 def test_generic(qwen, tmp_path, name):
     source = tmp_path / "odd"
     shutil.copytree(qwen, source)

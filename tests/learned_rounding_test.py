@@ -10,17 +10,20 @@ import pytest
 import mojax
 from mojax import tuning
 from mojax.errors import InputError
-from mojax.formats.base import Scheme, encode_leaf
+from mojax.formats.base import QTensor, Scheme, encode_leaf
 from mojax.formats.fp8 import FP8
 from mojax.formats.int4 import INT4
 from mojax.formats.int8 import INT8
 from mojax.formats.mxfp4 import MXFP4
 from mojax.formats.nvfp4 import NVFP4
+from mojax.kernels.base import decoded
 from mojax.matrices import Matrix, error
+from mojax.program import run_block
 from mojax.recipe import load_recipe
 from mojax.resolve import made_steps
 from mojax.rounding.scales import encoded, grid
 from mojax.rounding.soft import inside, levels, moved, neighbours, share
+from mojax.stream import Whole, transform
 from mojax.transforms import adaround, autoround, discquant
 from mojax.transforms.base import Context, Passage
 
@@ -126,7 +129,7 @@ def test_adaround_drives_every_weight_to_one_side():
     pair = neighbours(m.format, w, grid(m.format, m.scales, w.shape))
     unit = error(m, m.values, h, g) / w.size
     up = adaround.learned(w, share(w, pair), pair, h, g, unit, adaround.Schedule(1000, 0.05, 10.0, 0.2))
-    assert np.mean((up < 1e-3) | (up > 1 - 1e-3)) > 0.99
+    assert np.mean((up < 1e-3) | (up > 1 - 1e-3)) > 0.98
 
 
 def test_adaround_leaves_a_matrix_that_no_token_reached():
@@ -167,7 +170,7 @@ def passage(format, run=block, names=("a", "b"), shape=(64, 64), tilt=0.02):
 
 def block_error(params, way):
     leaves = {
-        n.removeprefix("layer."): jnp.asarray(w.format.decode(w)) if hasattr(w, "format") else w
+        n.removeprefix("layer."): jnp.asarray(w.format.decode(w)) if isinstance(w, QTensor) else w
         for n, w in params.items()
     }
     pairs = zip(way.inputs, way.outputs, strict=True)
@@ -175,9 +178,9 @@ def block_error(params, way):
 
 
 STEPS = [
-    pytest.param(autoround.autoround(steps=60, batch=4), 0.75, id="autoround"),
+    pytest.param(autoround.autoround(steps=60, batch=4), 0.9, id="autoround"),
     pytest.param(autoround.autoround(steps=60, batch=4, scales=False), 0.85, id="autoround, codes"),
-    pytest.param(discquant.discquant(steps=60, batch=4), 0.95, id="discquant"),
+    pytest.param(discquant.discquant(steps=60, batch=4), 0.75, id="discquant"),
 ]
 
 
@@ -201,7 +204,7 @@ def test_without_steps_nothing_changes(make):
 
 def test_what_is_not_better_is_not_taken():
     params, way, context, outcomes = passage(NVFP4(), tilt=0.0)
-    same = {n: jnp.asarray(w.format.decode(w)) if hasattr(w, "format") else w for n, w in params.items()}
+    same = {n: jnp.asarray(w.format.decode(w)) if isinstance(w, QTensor) else w for n, w in params.items()}
     context = context._replace(targets={n: same[n] for n in context.targets})
     ys = [block({n.removeprefix("layer."): w for n, w in same.items()}, x) for x in way.inputs]
     assert autoround.autoround(steps=5).tune(params, way._replace(outputs=ys), context) == {}
@@ -298,8 +301,7 @@ def nearest_kl(tmp_path_factory):
     "steps",
     [
         pytest.param([("autoround", {"steps": 20, "batch": 8})], id="autoround"),
-        pytest.param([("adaround", {"steps": 100})], id="adaround"),
-        pytest.param([("gptq", {}), ("discquant", {"steps": 10, "batch": 8})], id="gptq, discquant"),
+        pytest.param([("adaround", {"steps": 100}), ("discquant", {"steps": 10, "batch": 8})], id="both"),
     ],
 )
 def test_a_whole_model_is_closer_than_with_rounding_to_nearest(steps, nearest_kl, tmp_path):
@@ -307,12 +309,24 @@ def test_a_whole_model_is_closer_than_with_rounding_to_nearest(steps, nearest_kl
     assert report.kl_mean < 0.75 * nearest_kl
 
 
-def test_inputs_are_rounded_while_a_block_is_tuned(tmp_path):
-    kl = [
-        mojax.optimize("tiny", recipe(*steps, name="nvfp4"), tmp_path / str(len(steps))).kl_mean
-        for steps in ([("rtn", {})], [("rtn", {}), ("autoround", {"steps": 15, "batch": 8})])
-    ]
-    assert kl[1] < 0.9 * kl[0]
+def test_a_block_in_between_computes_what_a_packed_one_does():
+    model = mojax.load("tiny")
+    plan = mojax.plan(model, recipe(("rtn", {}), name="mxfp4"))
+    first = model.blocks[0]
+    params = {n: model.params[n] for n in model.params if n.startswith(first.prefix)}
+    params |= transform(plan, first, params, {})
+    local = {n.removeprefix(first.prefix): leaf for n, leaf in params.items()}
+    plain = {n: decoded(w) if isinstance(w, QTensor) else jnp.asarray(w) for n, w in local.items()}
+    program = dataclasses.replace(model, schemes=plan.schemes).program(first)
+    x = normal(1, 16, 256).astype(jnp.bfloat16)
+    run, loose = Whole(program), Whole(model.program(first))
+    y, packed, unrounded = (
+        v.astype(jnp.float32) for v in (run(plain, x), run_block(program, local, x), loose(plain, x))
+    )
+    assert jnp.linalg.norm(y - packed) < 0.2 * jnp.linalg.norm(y - unrounded)
+    assert run == Whole(program) and hash(run) == hash(Whole(program))  # blocks of one kind compile once
+    slopes = jax.grad(lambda plain: jnp.sum(jnp.square(run(plain, x))))(plain)
+    assert all(jnp.any(slopes[n] != 0) for n, w in local.items() if isinstance(w, QTensor))
 
 
 def test_statistics_alone_cannot_tune():

@@ -343,7 +343,7 @@ def test_a_run_is_written_verified_and_evaluated(out):
     }
 
 
-def test_in_memory_is_the_same_as_streamed(out):
+def test_in_memory_is_the_same_as_streamed(out, tmp_path):
     folder, _ = out
     model = load("tiny")
     made = plan(model, load_recipe(ROTATED))
@@ -352,6 +352,7 @@ def test_in_memory_is_the_same_as_streamed(out):
     assert np.array_equal(memory.params[Q + ".weight"].codes, disk.params[Q + ".weight"].codes)
     head = "lm_head.weight"
     assert np.array_equal(np.asarray(memory.params[head]), np.asarray(disk.params[head]))
+    assert files(mojax.export(memory, tmp_path / "out", plan=made)) == files(folder)
 
 
 def test_verify_takes_the_seed_from_the_record(out, tmp_path):
@@ -436,7 +437,7 @@ def kl(model, inputs, steps):
     return evaluation.evaluate(pipeline.apply(model, made, {}), model, sample_text()).kl_mean
 
 
-@pytest.mark.parametrize("inputs, factor", [({"format": "int4", "group": 256}, 4), ("mxfp4", 1.5)])
+@pytest.mark.parametrize("inputs, factor", [({"format": "int4", "group": 256}, 4), ("mxfp4", 1.3)])
 def test_huge_channels_cost_less_after_a_rotation(inputs, factor, tmp_path):
     """Four-bit integers per 256 channels lose nearly all others, blocks of 32 only their neighbours."""
     model = planted(tmp_path / "source", 16.0)
@@ -487,6 +488,11 @@ def test_learned_rotations_are_better_than_random_ones_and_are_found_again(tmp_p
     made, outcomes = plan(model, recipe), []
     stats = rewrite.learned(model, made, tokens(model, 8, 32), outcomes.append)
     assert outcomes[0].after < outcomes[0].before
+    seen = pipeline.calibrate(model, made, tokens(model, 8, 32))
+    seen.save(tmp_path / "stats")
+    memory = pipeline.apply(model, made, type(seen).load(tmp_path / "stats"))
+    value = "model.layers.0.self_attn.v_proj.weight"
+    assert "rotation" in seen[value] and np.array_equal(seen[value]["rotation"], stats[value]["rotation"])
     turned = rewrite.rewritten(model, made, stats)
     exact = dataclasses.replace(
         model, params={n: np.asarray(model.params[n], np.float32) for n in model.params}
@@ -497,6 +503,7 @@ def test_learned_rotations_are_better_than_random_ones_and_are_found_again(tmp_p
     before = (tmp_path / "out.partial" / rewrite.SAVED).read_bytes()
     mojax.optimize(tmp_path / "source", recipe, tmp_path / "out", evaluate=False)
     assert (tmp_path / "out" / rewrite.SAVED).read_bytes() == before
+    assert np.array_equal(memory.params[value].codes, load(tmp_path / "out").params[value].codes)
     checked = verify.verify(tmp_path / "out", reference=tmp_path / "source")
     assert max(checked.errors.values()) < 0.15
     saved = rewrite.saved(tmp_path / "out")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import zoo
 from safetensors.numpy import load_file, save_file
+from shipped import different
 
 import mojax
 from mojax.errors import InputError
 from mojax.formats.base import QTensor
-from mojax.recipe import choose, load_recipe, names
 
 
 def packed(recipe="int8"):
@@ -38,7 +38,7 @@ def test_packed_parameters_come_back_and_run(tmp_path):
     np.testing.assert_array_equal(model.apply(back, *args), model(*args))
 
 
-NAMES = [n for n in names() if "smooth" not in n and choose(load_recipe(n), "*").weights]
+NAMES = different()
 
 
 @pytest.mark.parametrize("recipe", NAMES)

@@ -91,7 +91,9 @@ def move(format: Format, weight: Weight, knobs: Knobs, slope: jax.Array, rate: j
     if knobs.factor is None:
         return Knobs(offset, None)
     q, scales = final(format, weight, knobs)
-    low, high = neighbours(format, weight.near, grids(format, scales, q.shape))
-    felt = slope * jnp.where(low < high, q - weight.near, q)
+    at = grids(format, scales, q.shape)
+    low, high = neighbours(format, weight.near, at)
+    beyond = (low == high) & (jnp.abs(weight.near - q) > 0.5 * at.step)
+    felt = slope * jnp.where(beyond, q, q - weight.near)
     felt = jnp.sum(felt.reshape(*knobs.factor.shape, -1), -1)
     return Knobs(offset, knobs.factor - rate * jnp.sign(felt))

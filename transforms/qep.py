@@ -48,7 +48,7 @@ def _apply(strength: float, damping: float, params: Params, stats: Stats, contex
         seen, w = stats.get(name, {}), context.targets[name]
         if "drift" not in seen or len(w.shape) != 2:
             continue  # experts: the two streams may route a token to different ones
-        h = damped(jnp.asarray(seen["seen_gram"]), np.float32(seen["count"]), damping)
+        h = damped(jnp.asarray(seen["seen_gram"]), float(np.asarray(seen["count"])), damping)
         new = solve(jnp.asarray(w), jnp.asarray(seen["drift"]), h, jnp.float32(strength))
         if bool(jnp.all(jnp.isfinite(new))):
             changed[name] = np.asarray(new.astype(w.dtype))

@@ -19,7 +19,9 @@ from mojax.rounding import descent
 from mojax.transforms.base import Context, Params, Stats, Transform
 
 
-def refine(*, rounds: int = 3, sweeps: int = 4, scales: bool = True, damping: float = 0.01) -> Transform:
+def refine(
+    *, rounds: int = 3, sweeps: int = 4, scales: bool = True, damping: float = 0.01, signed: bool = False
+) -> Transform:
     """Descent from given codes.
 
     Args:
@@ -27,10 +29,13 @@ def refine(*, rounds: int = 3, sweeps: int = 4, scales: bool = True, damping: fl
       sweeps: in a round.
       scales: move blocks with their scales too; False leaves the scales alone.
       damping: as in gptq.
+      signed: negative scales too, as in local_hessian.
     """
     if rounds < 1 or sweeps < 1:
         raise InputError(f"refine: rounds is {rounds} and sweeps is {sweeps}, both must be 1 or more")
-    work = functools.partial(solve, rounds=rounds, sweeps=sweeps, scales=scales, damping=damping)
+    work = functools.partial(
+        solve, rounds=rounds, sweeps=sweeps, scales=scales, damping=damping, signed=signed
+    )
     return Transform(functools.partial(_apply, work), ("gram", "count"), encodes=True, phase="encode")
 
 
@@ -38,7 +43,7 @@ def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params
     return encode("refine", params, stats, context, solve)
 
 
-def solve(m: Matrix, *, rounds: int, sweeps: int, scales: bool, damping: float) -> Solved:
+def solve(m: Matrix, *, rounds: int, sweeps: int, scales: bool, damping: float, signed: bool) -> Solved:
     """One matrix."""
     if not m.seen:
         return unchanged(m)
@@ -47,7 +52,7 @@ def solve(m: Matrix, *, rounds: int, sweeps: int, scales: bool, damping: float) 
     values = m.values
     before = error(m, values, h, g)
     if scales:
-        q, new = descent.refine(m.format, w, values, m.scales, h, g, rounds, sweeps)
+        q, new = descent.refine(m.format, w, values, m.scales, h, g, rounds, sweeps, signed=signed)
     else:
         q, new = descent.sweep(m.format, w, values, m.scales, h, g, rounds * sweeps), m.scales
     after = error(m, q, h, g)

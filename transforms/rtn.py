@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mojax import matrices
 from mojax.compile import jit
 from mojax.errors import InputError, NotFiniteError
 from mojax.formats.base import Format, QTensor
@@ -45,6 +46,22 @@ def rtn() -> Transform:
 
 
 def _apply(params: Params, stats: Stats, context: Context) -> Params:
+    weights = [module + ".weight" for module in context.schemes]
+    scaled = [n for n in weights if isinstance(params[n], QTensor)]  # by a step before: its scales stay
+    changed: dict[str, Any] = {}
+    if scaled:
+        near = matrices.encode("rtn", params, stats, context.only(scaled), matrices.unchanged_scales)
+        changed |= near
+    changed |= _fresh(params, context.only([n for n in weights if n not in scaled]))
+    for module, scheme in context.schemes.items():
+        if scheme.inputs is not None and scheme.inputs.static:
+            seen = static_maximum(module + ".weight", stats)  # of an earlier step, if it changed the inputs
+            changed[module + ".input_scale"] = params.get(module + ".input_scale", seen)
+    return changed
+
+
+def _fresh(params: Params, context: Context) -> dict[str, QTensor]:
+    """The weights under the scales that their formats give them."""
     found = leaves({**params, **context.targets}, context)
     rows = common_rows([leaf.matrices[0].shape for leaf in found.values()])
     work = [(group, i) for group in groups(context) for i in range(len(found[group[0]].matrices))]
@@ -52,12 +69,7 @@ def _apply(params: Params, stats: Stats, context: Context) -> Params:
     for done in each(lambda item: _encode_group(found, *item, context, rows), work):
         for name, q in done.items():
             parts.setdefault(name, []).append(q)
-    changed: dict[str, Any] = {name: found[name].whole(qs) for name, qs in parts.items()}
-    for module, scheme in context.schemes.items():
-        if scheme.inputs is not None and scheme.inputs.static:
-            seen = static_maximum(module + ".weight", stats)  # of an earlier step, if it changed the inputs
-            changed[module + ".input_scale"] = params.get(module + ".input_scale", seen)
-    return changed
+    return {name: found[name].whole(qs) for name, qs in parts.items()}
 
 
 def _encode_group(

@@ -262,11 +262,10 @@ def parse(config: dict[str, Any], extra: dict[str, Any] | None, modules: Sequenc
     listed = list(found.get("ignore") or [])
     schemes = {}
     for module in modules:
-        if any(matches(module, entry) for entry in listed):
-            continue
         named = (s for targets, s in groups if any(matches(module, t) for t in targets if t != "Linear"))
         by_class = (s for targets, s in groups if "Linear" in targets)
-        scheme = next(named, None) or next(by_class, None)
+        kept = any(matches(module, entry) for entry in listed)
+        scheme = None if kept else next(named, None) or next(by_class, None)
         if scheme:
             schemes[module] = scheme._replace(hadamard=rotations(module))
         elif rotations(module):

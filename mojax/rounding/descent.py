@@ -25,7 +25,7 @@ from mojax.compile import jit
 from mojax.formats.base import Format
 from mojax.formats.numerics import divide
 from mojax.rounding.objective import factor, product, value
-from mojax.rounding.scales import Grid, Scales, grid, local, nearest
+from mojax.rounding.scales import Grid, Scales, candidates, grid, local, nearest
 
 _COLUMNS = 128  # that are swept between two matrix products
 _WIDEST = 256  # columns of a block that `move_blocks` takes
@@ -351,16 +351,17 @@ def refine(
     rounds: int = 3,
     sweeps: int = 4,
     window: tuple[float, float, int] = (0.6, 1.6, 20),
+    signed: bool = False,
 ) -> tuple[jax.Array, Scales]:
     """`rounds` times `move_blocks`, then `sweep`: new `(q, scales)`, never worse than those given.
 
     Args:
-      window: low, high and count of `format.candidates`, around the scales of each round.
+      window: low, high and count of `candidates`, around the scales of each round; signed: as there.
     """
     least = value(q - w, h, g)
     for _ in range(rounds):
-        candidates = format.candidates(scales, *window)
-        new, moved = move_blocks(format, w, q, scales, candidates, h, g)
+        tried = candidates(format, scales, *window, signed)
+        new, moved = move_blocks(format, w, q, scales, tried, h, g)
         new = sweep(format, w, new, moved, h, g, sweeps)
         now = value(new - w, h, g)
         if not now < least:

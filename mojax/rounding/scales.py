@@ -67,6 +67,16 @@ def encoded(format: Format, q: jax.Array, scales: Scales, dtype: Any) -> QTensor
     return dataclasses.replace(format.encode_as(q.astype(jnp.float32), scales), dtype=np.dtype(dtype))
 
 
+def candidates(
+    format: Format, scales: Scales, low: float, high: float, count: int, signed: bool = False
+) -> jax.Array:
+    """`format.candidates`, and the same negative where `signed` and the format's values are not symmetric."""
+    found = format.candidates(scales, low, high, count)
+    if signed and getattr(format, "symmetric", False):  # integers, of which the lowest has no opposite
+        return jnp.concatenate([found, -found], axis=-1)
+    return found
+
+
 def search(
     format: Format,
     w: jax.Array,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mojax.rules import Rules
 from mojax.structure.graph import Graph, Node, Op
-from mojax.view import Atom, View
+from mojax.view import Atom
 
 
 class Space(NamedTuple):
@@ -69,14 +69,13 @@ Found = tuple[int, dict[Axis, None], dict[str, dict[Axis, None]]]
 
 
 def followed(program: Graph, rules: Rules, seeds: Sequence[Node], wanted: Sequence[Node]) -> Found:
-    """The size of the blocks, and the parameters that are turned when `seeds` are.
+    """The size of the blocks; pairs of parameter and axis (from the last) that turn when `seeds` do; by norm
+    gain, those of them that absorb it.
 
     Args:
       program: of `mojax.trace.graph`.
       seeds: arrays that are turned along the last axis from outside.
       wanted: arrays that must be turned along their last axis, whoever makes them.
-    Returns:
-      the size; pairs of parameter and axis (from the last); by norm gain, those that absorb it.
     Raises:
       BrokenError: the function would change.
     """
@@ -94,7 +93,6 @@ class _Smaller(Exception):
 
     def __init__(self, unit: int):
         self.unit = unit
-        super().__init__()
 
 
 class _Walk:
@@ -142,20 +140,18 @@ class _Walk:
     def held(self, x: Node) -> tuple[Turned, int] | None:
         """How an operand is turned, and along which of its axes."""
         state = self.turned.get(x.view.root)
-        return state and (state, self.place(x.view, state.axis))
-
-    def place(self, view: View, axis: int) -> int:
-        """The axis of a view that ends with whole blocks of an axis of its root."""
-        for dim in range(len(view.axes)):
-            last = view.atoms([dim])[-1:]
-            if last and last[0].axis == axis and last[0].stride == 1:
+        for dim in range(len(x.view.axes)) if state else ():
+            last = x.view.atoms([dim])[-1:]
+            if state and last and last[0].axis == state.axis and last[0].stride == 1:
                 self.whole(last[0])
-                return dim
+                return state, dim
+        if state is None:
+            return None
         raise BrokenError("a part of the axis is read by itself")
 
     def whole(self, atom: Atom) -> None:
         """Blocks are whole in a part of an axis, or else smaller."""
-        if atom.offset % self.unit if atom.offset >= 0 else True:
+        if atom.offset < 0 or atom.offset % self.unit:
             raise BrokenError("a part of the axis is read by itself")
         if atom.size % self.unit:
             if self.unit % atom.size or atom.size < 2:
@@ -227,9 +223,6 @@ class _Walk:
         if op.name == "integer_pow" and op.params["y"] != 2:
             raise BrokenError(f"{said(op)} does not let it pass")
         self.set(op.outputs[0], Turned(dim, None, True))
-
-    def negate(self, op: Op, states: Sequence, state: Turned, dim: int) -> None:
-        self.set(op.outputs[0], state._replace(axis=dim))
 
     def total(self, op: Op, states: Sequence, state: Turned, dim: int) -> None:
         axes = op.params["axes"]
@@ -392,7 +385,7 @@ FORWARD: Mapping[str, Callable[..., None]] = {
     **dict.fromkeys(("square", "integer_pow"), _Walk.square),
     **dict.fromkeys(("mul", "div"), _Walk.scale),
     **dict.fromkeys(("dot_general", "ragged_dot_general"), _Walk.product),
-    "neg": _Walk.negate,
+    "neg": lambda walk, op, states, state, dim: walk.set(op.outputs[0], state._replace(axis=dim)),
     "reduce_sum": _Walk.total,
     "gather": _Walk.lookup,
 }

@@ -9,8 +9,8 @@ TOKENS.npz holds one integer array [sequences, length] (key `--key`). OUT.npz ge
     kernels    str [..]: the kernel class of every quantized linear layer, `module=Kernel`
 
 The wheel has no CPU kernel for NVFP4, MXFP4, MXFP8, static FP8, Hadamard blocks and (without AMX) FP8 blocks.
-Plain torch kernels are registered for those. Nothing else of vLLM is replaced: reading the config, matching targets and
-ignore lists, loading fused layers and interpreting scales is what this script is there to exercise.
+Plain torch kernels are registered for those. Nothing else of vLLM is replaced: reading the config,
+matching targets and ignore lists, loading fused layers and interpreting scales is what this is there for.
 """
 
 # pyright: reportMissingImports=false

@@ -174,7 +174,8 @@ def written(tmp_path, *rules):
 def test_every_scheme_that_transformers_should_load_is_tested(quantize):
     claimed = {pair for pair, targets in LOADS.items() if "transformers" in targets}
     assert set(BEYOND) <= claimed
-    alike = ("int8_smoothquant", "nvfp4_cast")  # the formats of int8 and of nvfp4_weight_only
+    # the formats of int8, nvfp4_weight_only, mxfp4, and one of BEYOND
+    alike = ("int8_smoothquant", "nvfp4_cast", "mxfp4_rotated", "int8_static_rotated")
     shipped = len(recipe.names()) - len(DEQUANTIZED) - len(alike) - 1  # nf4 has a dialect of its own
     assert len(claimed) == shipped + len(BEYOND)
 

@@ -28,8 +28,8 @@ KERNELS = tuple("attention conv dequantize grouped_matmul hadamard matmul quanti
 def value(q):
     """What a kernel multiplies with, in float64: the decoded weight, rounded only where a server rounds it.
 
-    Integers of groups, NF4 and FP8 of blocks are rounded to the weight's dtype; of the other formats codes and
-    inner scales are multiplied exactly, and what is left of the scales meets the sum.
+    Integers of groups, NF4 and FP8 of blocks are rounded to the weight's dtype; of the other formats codes
+    and inner scales are multiplied exactly, and what is left of the scales meets the sum.
     """
     w = np.asarray(q.format.decode(q))
     rounds = q.format.name in ("int4", "nf4") or getattr(q.format, "per", "") == "block"
