@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shipped import distinct
 
 import mojax
 from mojax import arguments, cli, recipe, verify
@@ -91,8 +92,9 @@ def test_the_menu_is_todays():
     rows = [heads]
     for row in recipe.menu_rows():
         numbers = [f"{row['bits_per_weight']:.2f}", f"{row['kl_tiny']:.4f}"]
-        formats = [row["weights"], row["inputs"] or "as they are", "yes" if row["needs_data"] else "no"]
-        rows.append([row["name"], *formats, *numbers, row["hardware"]])
+        formats = [row["weights"] or "as they are", row["inputs"] or "as they are"]
+        data = "yes" if row["needs_data"] else "no"
+        rows.append([row["name"], *formats, data, *numbers, row["hardware"]])
     assert as_table(rows) in README
 
 
@@ -100,14 +102,12 @@ def test_who_loads_what_is_what_the_dialects_say():
     columns = {"vLLM": "vllm", "SGLang": "sglang", "TensorRT-LLM": "trtllm", "transformers": "transformers"}
     pairs = [("compressed-tensors", t) for t in columns] + [("modelopt", t) for t in list(columns)[:3]]
     rows = [["recipe", *(f"{d}: {t}" if t == "vLLM" else t for d, t in pairs)]]
-    for name in recipe.names():
-        every = recipe.choose(recipe.load_recipe(name), "*")
-        if every.weights is None:  # caches alone
-            continue
+    for name in distinct():
+        every = recipe.choose(recipe.load_recipe(name), "model.layers.0.mlp.down_proj.weight")
         marks = []
         for dialect, target in pairs:
             converter = find("converters", dialect)
-            scheme = find_scheme(every, converter.ARITHMETIC)
+            scheme = find_scheme(every, converter.ARITHMETIC)._replace(hadamard=every.hadamard or 0)
             marks.append("-" if converter.check(scheme, columns[target]) else "yes")
             assert find("converters", "modelopt").check(scheme, "transformers")  # so it has no column
         rows.append([name, *marks])
@@ -258,10 +258,10 @@ def test_the_format_encodes_and_no_dialect_writes_it_yet(rooms):
 def test_the_algorithm_runs_as_a_step_of_the_recipe(rooms):
     model = mojax.load("tiny")
     made = plan(model, str(rooms / "recipes" / "int4_clipped.yaml"))
-    assert [name for name, _ in made.recipe.steps] == ["clip", "rtn"]
+    assert [name for name, _ in made.recipe.steps] == ["shrink", "rtn"]
     name = "model.layers.0.mlp.up_proj.weight"
-    clip = find("transforms", "clip").clip(share=0.9)
-    clipped = clip.apply(model.params, {}, made.context(model.blocks[0]))
+    shrink = find("transforms", "shrink").shrink(share=0.9)
+    clipped = shrink.apply(model.params, {}, made.context(model.blocks[0]))
     assert jnp.abs(clipped[name]).max() < jnp.abs(model.params[name]).max()
     q = mojax.apply(model, made, {}).params[name]
     np.testing.assert_array_equal(q.codes, q.format.encode(clipped[name]).codes)

@@ -32,9 +32,9 @@ def problems(source, recipe, **more):
 @pytest.mark.parametrize(
     "steps, said",
     [
-        ("[smoothquant]", r"\[smoothquant\]; exactly one step must encode"),
-        ("[rtn, smoothquant]", "it must be the last"),
-        ("[rtn, rtn]", "exactly one"),
+        ("[smoothquant]", r"\[smoothquant\]; the last step must encode"),
+        ("[rtn, smoothquant]", "smoothquant moves .* stands after rtn.*put smoothquant first"),
+        ("[smoothquant, smoothquant, rtn]", "smoothquant stands twice"),
         ("[smoothquant: {alpha: high}, rtn]", "smoothquant cannot use alpha: 'high'"),
     ],
 )

@@ -53,17 +53,40 @@ def test_the_shipped_recipes_are_these():
         "fp8k_nvfp4v",
         "int4",
         "int4_asymmetric",
+        "int4_autoround",
+        "int4_awq",
+        "int4_best",
+        "int4_gptq",
         "int8",
+        "int8_hadamard",
         "int8_smoothquant",
+        "int8_static",
+        "int8_static_best",
+        "int8_static_rotated",
         "mxfp4",
+        "mxfp4_best",
+        "mxfp4_hadamard",
+        "mxfp4_rotated",
+        "mxfp4_two_sided",
         "mxfp4_weight_only",
+        "mxfp4_weight_only_best",
         "mxfp8",
         "nf4",
         "nvfp4",
+        "nvfp4_autoround",
+        "nvfp4_awq",
+        "nvfp4_best",
         "nvfp4_cast",
+        "nvfp4_four_over_six",
+        "nvfp4_gptq",
         "nvfp4_kv",
+        "nvfp4_local_hessian",
+        "nvfp4_mlp_only",
         "nvfp4_weight_only",
+        "nvfp4_weight_only_best",
+        "w4a8_awq",
     )
+    assert recipes.layers() == ("error_feedback", "two_sided")
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -86,7 +109,7 @@ def test_a_shipped_recipe_is_complete(name):
             made[key] = find("formats", choice["format"]).FORMAT(**options)
     assert "weights" in made
     static = "inputs" in made and made["inputs"].static
-    assert recipe.menu.needs_data == (static or any(step.needs for step in made_steps(recipe)))
+    assert recipe.menu.needs_data == (static or any(step.needs or step.tune for step in made_steps(recipe)))
 
 
 def test_shipped_recipes_say_what_the_table_says():
@@ -155,11 +178,11 @@ def test_the_last_matching_rule_wins_key_by_key(write):
         )
     )
     int4, nvfp4 = {"format": "int4", "group": 64}, {"format": "nvfp4"}
-    assert choose(recipe, DOWN) == Rule(DOWN, int4, "none", "fp8", False)
+    assert choose(recipe, DOWN) == Rule(DOWN, int4, "none", kv_cache="fp8", share_scale=False)
     up = "model.layers.0.mlp.up_proj.weight"
     assert choose(recipe, up) == Rule(up, int4, nvfp4)
     query = "model.layers.3.self_attn.q_proj.weight"
-    assert choose(recipe, query) == Rule(query, nvfp4, nvfp4, "fp8", False)
+    assert choose(recipe, query) == Rule(query, nvfp4, nvfp4, kv_cache="fp8", share_scale=False)
 
 
 def test_the_order_decides_not_how_narrow_a_rule_is(write):

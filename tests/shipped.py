@@ -8,7 +8,7 @@ def encoding():
     return tuple(n for n in names() if choose(load_recipe(n), "*").weights)
 
 
-def different(among=None):
+def distinct(among=None):
     """One for every set of rules, the one with the fewest steps."""
     first = {}
     for name in sorted(among or encoding(), key=lambda n: (len(load_recipe(n).steps), n)):
@@ -18,4 +18,4 @@ def different(among=None):
 
 def alike():
     """The others: their steps are tested where the steps are."""
-    return tuple(n for n in encoding() if n not in different())
+    return tuple(n for n in encoding() if n not in distinct())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zoo
 from safetensors.numpy import load_file, save_file
-from shipped import different
+from shipped import distinct
 
 import mojax
 from mojax.errors import InputError
@@ -38,7 +38,7 @@ def test_packed_parameters_come_back_and_run(tmp_path):
     np.testing.assert_array_equal(model.apply(back, *args), model(*args))
 
 
-NAMES = different()
+NAMES = [n for n in distinct() if "hadamard" not in n and "rotated" not in n]  # of checkpoints alone
 
 
 @pytest.mark.parametrize("recipe", NAMES)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from moe_models import tiny_mixtral, tiny_qwen3_moe
-from shipped import different
+from shipped import distinct
 
 import mojax
 from mojax import evaluation, recipe
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.clients
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"
 WHOLE = {
-    "compressed-tensors": (*(n for n in different() if n != "nf4"), "int4_best"),  # negative scales
+    "compressed-tensors": (*(n for n in distinct() if n != "nf4"), "int4_best"),  # negative scales
     "modelopt": ("fp8", "fp8_dynamic", "mxfp8", "nvfp4", "nvfp4_weight_only"),
 }
 ONE = {
