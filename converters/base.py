@@ -227,7 +227,7 @@ def cache_maxima(scales: Collection[np.ndarray], arithmetic: Arithmetic) -> tupl
     found = []
     for scale in scales:
         tops = np.array([amax_of(format, s) for s in scale.astype(np.float32).reshape(-1)], np.float32)
-        found.append(tops if tops.size > 1 else tops.reshape(()))
+        found.append(tops if scale.ndim == 3 or tops.size > 1 else tops.reshape(()))
     return tuple(found)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mojax.cache import Cache
 from mojax.converters.base import (
     Get,
     Parsed,
@@ -35,7 +36,7 @@ from mojax.converters.base import (
 )
 from mojax.errors import InputError
 from mojax.formats import nf4
-from mojax.formats.base import Arithmetic, Format, QTensor, Scheme
+from mojax.formats.base import Arithmetic, QTensor, Scheme
 
 DIALECT = "bitsandbytes"
 ARITHMETIC: Arithmetic = "float32"
@@ -53,6 +54,7 @@ U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 FORMAT = nf4.FORMAT()
 LOADS = {("nf4", "none"): ("transformers",)}
 ALONE = "only transformers has been tried with it; use --target=transformers"
+NO_CACHE = "bitsandbytes keeps weights only; use kv_cache: none"
 REASONS = {("nf4", "none", target): ALONE for target in ("vllm", "sglang", "trtllm")}
 
 
@@ -75,6 +77,17 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
     return refusal(DIALECT, scheme, target, LOADS, REASONS)
 
 
+def check_cache(cache: Cache, target: str, encodes: bool = True) -> str:
+    """Why `target` cannot load a key/value cache in this dialect, which has none.
+
+    Args:
+      encodes: whether weights are encoded too; makes no difference.
+    """
+    return (
+        f"{target} cannot load a key/value cache kept as {cache.label} in the {DIALECT} dialect: {NO_CACHE}"
+    )
+
+
 def _only_flat() -> str:
     return (
         f"the {DIALECT} dialect has blocks of 64 here, and its doubly quantized scales run across rows; use "
@@ -83,7 +96,7 @@ def _only_flat() -> str:
 
 
 def config(
-    schemes: Mapping[str, Scheme], ignore: Sequence[str], cache: Format | None
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], cache: Cache | None
 ) -> dict[str, dict[str, Any]]:
     """`{"quantization_config": ...}` for config.json.
 
@@ -95,7 +108,7 @@ def config(
       InputError: anything else than NF4 in blocks of 64 with inputs as they are.
     """
     if cache:
-        raise InputError(f"a {cache.label} KV cache has no form in {DIALECT}; use kv_cache: none")
+        raise InputError(f"a key/value cache kept as {cache.label} has no form in {DIALECT}; {NO_CACHE}")
     odd = next((s for s in schemes.values() if plain(s.weights) != FORMAT or s.inputs or s.hadamard), None)
     if odd is not None:
         raise InputError(f"{label(odd)} have no form in the {DIALECT} dialect; use another --format")

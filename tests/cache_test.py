@@ -305,6 +305,7 @@ def test_what_is_skipped_is_as_it_was(source, stats, tokens):
         ),
         ("fp8", "fp8", "compressed-tensors", "vllm", "servers choose what attention multiplies"),
         ("fp8", None, "modelopt", "vllm", "only beside encoded weights"),
+        ("fp8", None, "bitsandbytes", "transformers", "keeps weights only; use kv_cache: none"),
     ],
 )
 def test_what_no_server_loads_is_a_problem(source, kv_cache, attention, dialect, target, why):

@@ -166,7 +166,7 @@ def test_the_recipe_is_one(tmp_path):
     assert labels["model.layers.1.mlp.down_proj"] == "fp8 per=channel"
     assert labels["model.layers.1.mlp.up_proj"] == "nvfp4"
     assert "model.layers.0.self_attn.o_proj" not in labels
-    assert made.cache is not None and made.recipe.limits
+    assert made.cache is not None and made.recipe.limits and len(made.steps) == 3
 
 
 MESSAGES = [

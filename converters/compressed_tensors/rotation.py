@@ -74,11 +74,13 @@ def parse(found: Mapping[str, Any] | None) -> Callable[[str], int]:
     Raises:
       InputError: a rotation that is not one of inputs by Hadamard blocks of a known order.
     """
+    where = "quantization_config.transform_config"
     online: list[tuple[int, Mapping[str, Any]]] = []
-    for name, scheme in ((found or {}).get("config_groups") or {}).items():
+    groups = _object(where, found or {}).get("config_groups") or {}
+    for name, scheme in _object(f"{where}.config_groups", groups).items():
         where = f"quantization_config.transform_config.config_groups.{name}"
-        for args in scheme.get("apply") or ():
-            location = args.get("location")
+        for args in _object(where, scheme).get("apply") or ():
+            location = _object(f"{where}.apply", args).get("location")
             if location in ("weight_input", "weight_output"):
                 continue
             if location != "input":
@@ -102,6 +104,12 @@ def parse(found: Mapping[str, Any] | None) -> Callable[[str], int]:
         return hits[0] if hits else 0
 
     return block
+
+
+def _object(where: str, found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where} is {found!r:.80}, needed an object")
+    return found
 
 
 def _listed(entries: Any) -> Sequence[str]:

@@ -28,7 +28,7 @@ from mojax.converters.base import (
 )
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, mxfp4, mxfp8, nvfp4
-from mojax.formats.base import Arithmetic, Scheme
+from mojax.formats.base import Arithmetic, Format, Scheme
 
 DIALECT = "modelopt"
 ARITHMETIC: Arithmetic = "float32"
@@ -288,13 +288,25 @@ def _scheme(where: str, settings: Mapping[str, Any]) -> Scheme:
 
 def _cache(found: Mapping[str, Any], detail: Mapping[str, Any]) -> Cache | None:
     stated = found.get("kv_cache_scheme") or found.get("kv_cache_quant_algo")
-    scheme = stated or detail.get("kv_cache_quant_algo")
-    if scheme is None:
+    other = detail.get("kv_cache_quant_algo")
+    formats = [_cache_format(said) for said in (stated, other) if said]
+    if not formats:
         return None
-    name = str(scheme).upper()
-    if isinstance(scheme, dict) and scheme.get("type") == "float":
-        name = {8: "FP8", 4: "NVFP4"}.get(int(scheme.get("num_bits") or 0), name)
-    if name not in ("FP8", "NVFP4"):
-        raise InputError(f"the KV cache is quantized as {scheme!r}; mojax reads FP8 and NVFP4")
-    format = as_read({"FP8": FP8, "NVFP4": NV}[name], ARITHMETIC)
-    return Cache(format, format)
+    if formats[0] != formats[-1]:
+        raise InputError(
+            f"config.json says that the KV cache is quantized as {stated!r}, hf_quant_config.json {other!r}; "
+            "correct the wrong one"
+        )
+    return Cache(formats[0], formats[0])
+
+
+def _cache_format(said: Any) -> Format | None:
+    """The format of a `kv_cache_scheme`: a name, or the arguments of a quantizer."""
+    read = {"FP8": FP8, "NVFP4": NV}
+    name = str(said).upper()
+    if isinstance(said, dict) and said.get("type") == "float":
+        found = (said.get("num_bits"), said.get("group_size"))
+        name = "FP8" if found == (8, None) else "NVFP4" if found in ((4, None), (4, 16)) else name
+    if name not in read:
+        raise InputError(f"the KV cache is quantized as {said!r}; mojax reads FP8 and NVFP4")
+    return as_read(read[name], ARITHMETIC)

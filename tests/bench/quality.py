@@ -3,6 +3,7 @@
     python tests/bench/quality.py                        built-in model, all recipes, calibration seed 0
     python tests/bench/quality.py --models=tiny,FOLDER --recipes=mojax:nvfp4,modelopt:nvfp4/gptq --seeds=0,1
     python tests/bench/quality.py --dry                  tables of what was measured before
+    python tests/bench/quality.py --dry --book=docs/recipe-book.md      the same, into the recipe book
 
 Every tool calibrates on the same 64 x 256 tokens (mojax's choice with that seed) and is judged on the same
 64 x 256 held-out tokens: KL(source || quantized) in nats per token, inputs rounded as a server rounds them,
@@ -55,7 +56,11 @@ INT8 = ("rtn", "mse", "smoothquant", "smoothquant8", "gptq", "smoothquant8+gptq"
 MODELOPT = ("max", "mse", "sweep", "four_over_six", "local_hessian")
 MODELOPT = (*MODELOPT, "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq")
 ALL = {
-    "mojax": ("nvfp4_weight_only", "nvfp4", "mxfp4_weight_only", "mxfp4", "int4", "int8", "int8_smoothquant"),
+    "mojax": (
+        *("nvfp4_weight_only", "nvfp4_weight_only_best", "nvfp4", "nvfp4_gptq", "nvfp4_best"),
+        *("mxfp4_weight_only", "mxfp4_weight_only_best", "mxfp4", "mxfp4_two_sided", "mxfp4_best"),
+        *("int4", "int4_gptq", "int4_best", "int8_static", "int8_static_best", "int8", "int8_smoothquant"),
+    ),
     "llm-compressor": (
         *(f"nvfp4_weight_only/{s}" for s in (*BOTH, "expanded", "expanded+gptq")),
         *(f"nvfp4/{s}" for s in (*BOTH, "expanded", "expanded+gptq", "smoothquant+gptq", "spinquant4+gptq")),
@@ -72,6 +77,7 @@ ALL = {
     ),
 }
 # llama.cpp's quantizations of Llama-3-8B on wikitext2: KL in nats per token, tools/perplexity/README.md
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"  # in the recipe book
 LADDER = (
     ("q8_0", 0.00136),
     ("q6_K", 0.00545),
@@ -333,6 +339,22 @@ def print_tables(rows: list[Row], work: Path) -> None:
     print("\nllama.cpp, Llama-3-8B on wikitext2: " + ", ".join(f"{n} {kl:.4f}" for n, kl in LADDER))
 
 
+def write_book(rows: list[Row], path: Path) -> None:
+    """Put the tables of the first model between the marks of the recipe book, and its plot beside it."""
+    model = rows[0].model
+    mine = [row for row in rows if row.model == model]
+    parts = []
+    for name in FORMATS:
+        chosen = sorted((r for r in mine if r.form == name), key=lambda r: np.mean(r.kl))
+        if chosen:
+            parts.append(f"### {FORMATS[name]}\n\n{table(chosen)}")
+    picture = path.with_name("recipe-book.png")
+    plot([row for row in mine if row.form in FORMATS], picture)
+    parts.append(f"![KL of every recipe, with two standard errors]({picture.name})")
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n" + END + rest.split(END)[1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -344,6 +366,7 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=cache() / "peers", help="folder of make_envs.sh")
     parser.add_argument("--python", action="append", default=[], help="TOOL=PATH of a peer's python")
     parser.add_argument("--dry", action="store_true", help="measure nothing")
+    parser.add_argument("--book", type=Path, help="write the tables and the plot into this recipe book too")
     arguments = parser.parse_args()
     recipes = asked(parser, arguments.recipes.split(","))
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -372,6 +395,8 @@ def main() -> int:
             print(f"{model.name}: {tool} {recipe}: {row}")
     rows = [row for row in found.values() if isinstance(row, Row)]
     print_tables(rows, work)
+    if arguments.book and rows:
+        write_book(rows, arguments.book)
     return 0 if rows else 1
 
 

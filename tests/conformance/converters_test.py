@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mojax import find
+from mojax.cache import Cache
 from mojax.checkpoint import open_checkpoint
-from mojax.converters import base, compressed_tensors, hf_fp8, modelopt
+from mojax.converters import base, bitsandbytes, compressed_tensors, hf_fp8, modelopt
 from mojax.converters.compressed_tensors import schemes as ct_schemes
 from mojax.converters.modelopt import schemes as mo_schemes
 from mojax.errors import InputError
-from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nvfp4
+from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nf4, nvfp4
 from mojax.formats.base import Scheme
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -38,6 +39,7 @@ LINEARS = [
     *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
 ]
 MODULES = [f"model.layers.{i}.{n}" for i in range(2) for n in LINEARS]
+ATTENTIONS = [f"model.layers.{i}.self_attn" for i in range(2)]
 SHARED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 
 
@@ -71,13 +73,13 @@ CT = {
     "W8A8": Scheme(ct(int8), ct(int8, per="token")),
     "W8A8_STATIC": Scheme(ct(int8), ct(int8, per="tensor")),
 }
-CACHED = {"FP8_KV", "FP8_DYNAMIC_KV", "NVFP4_KV"}
 MO = {
     "FP8_DEFAULT_CFG": Scheme(mo(fp8), mo(fp8)),
     "FP8_DEFAULT_CFG+FP8_KV_CFG": Scheme(mo(fp8), mo(fp8)),
     "FP8_PER_CHANNEL_PER_TOKEN_CFG": Scheme(mo(fp8, per="channel"), mo(fp8, per="token")),
     "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": Scheme(mo(fp8, per="block"), mo(fp8, per="block")),
     "NVFP4_DEFAULT_CFG": Scheme(mo(nvfp4), mo(nvfp4)),
+    "NVFP4_DEFAULT_CFG+NVFP4_KV_CFG": Scheme(mo(nvfp4), mo(nvfp4)),
     "W4A16_NVFP4_CFG": Scheme(mo(nvfp4)),
     "MXFP8_DEFAULT_CFG": Scheme(mo(mxfp8), mo(mxfp8)),
     "MXFP4_DEFAULT_CFG": Scheme(mo(mxfp4)),
@@ -94,6 +96,21 @@ FOLDERS = [
 # ModelOpt divides by the zero scale of a zero tensor and writes NaN codes; ours decode to zeros.
 NAN = ("modelopt-edge/FP8_DEFAULT_CFG", "model.layers.1.self_attn.v_proj")
 IDS = [folder for folder, *_ in FOLDERS]
+CACHES = {
+    "llmcompressor/FP8_KV": fp8,
+    "llmcompressor/FP8_DYNAMIC_KV": fp8,
+    "llmcompressor/NVFP4_KV": fp8,  # as of its weights; the cache is in FP8
+    "modelopt/FP8_DEFAULT_CFG+FP8_KV_CFG": fp8,
+    "modelopt/NVFP4_DEFAULT_CFG+NVFP4_KV_CFG": nvfp4,
+}
+
+
+def cache_of(folder, arithmetic, as_read=False):
+    """The cache that a peer has quantized; None: it has not."""
+    if folder not in CACHES:
+        return None
+    format = CACHES[folder].FORMAT(arithmetic=arithmetic, as_read=as_read)
+    return Cache(format, format)
 
 
 @functools.cache
@@ -164,10 +181,8 @@ def bare(value):
 
 @pytest.mark.parametrize("folder, model, dialect, scheme", FOLDERS, ids=IDS)
 def test_the_config_says_what_the_peers_says(folder, model, dialect, scheme):
-    cached = folder.rpartition("/")[2] in CACHED or "FP8_KV_CFG" in folder
-    cache = fp8.FORMAT(arithmetic=dialect.ARITHMETIC) if cached else None
     ignore = ["lm_head", "model.embed_tokens"] if dialect.LISTS_EMBEDDINGS else ["lm_head"]
-    written = dialect.config(dict.fromkeys(MODULES, scheme), ignore, cache)
+    written = dialect.config(dict.fromkeys(MODULES, scheme), ignore, cache_of(folder, dialect.ARITHMETIC))
     golden = {
         "quantization_config": read_json(folder, "config.json")["quantization_config"],
         "hf_quant_config.json": read_json(folder, "hf_quant_config.json"),
@@ -191,11 +206,10 @@ def test_the_peers_config_is_parsed(folder, model, dialect, scheme):
         )
     }
     assert "lm_head" in parsed.ignore
-    cached = folder.rpartition("/")[2] in CACHED or "FP8_KV_CFG" in folder
-    assert base.plain(parsed.cache) == (fp8.FORMAT() if cached else None)
+    assert parsed.cache == cache_of(folder, dialect.ARITHMETIC, as_read=True)
 
 
-@pytest.mark.parametrize("folder", ["FP8_DEFAULT_CFG", "FP8_DEFAULT_CFG+FP8_KV_CFG", "NVFP4_DEFAULT_CFG"])
+@pytest.mark.parametrize("folder", [n for n, s in MO.items() if s.inputs and s.inputs.static])
 def test_modelopts_static_scales_follow_from_its_maxima(folder):
     wanted, maxima = manifest(f"modelopt/{folder}"), np.load(GOLDEN / "modelopt" / folder / "amax.npz")
     scheme = MO[folder]
@@ -205,10 +219,14 @@ def test_modelopts_static_scales_follow_from_its_maxima(folder):
             top = max(maxima[f"{m}.input_quantizer"] for m in sharing(module))
         written = modelopt.write(module, encoded("llama", module, scheme.weights), scheme, top)
         assert describe(written[f"{module}.input_scale"])[2] == wanted[f"{module}.input_scale"]["sha256"]
-    for attention in {m.rpartition(".")[0] for m in MODULES if "_KV" in folder and "self_attn" in m}:
+    for attention in ATTENTIONS if f"modelopt/{folder}" in CACHES else ():
         k, v = (maxima[f"{attention}.{n}_bmm_quantizer"] for n in "kv")
-        for name, array in modelopt.write_cache(attention, k, v, BF16).items():
+        written = modelopt.write_cache(attention, k, v, BF16)
+        for name, array in written.items():
             assert describe(array) == (np.float32, (), wanted[name]["sha256"])
+        back = modelopt.read_cache(attention, written.__getitem__)
+        np.testing.assert_allclose(back, (k, v), rtol=2.4e-7)
+        assert modelopt.write_cache(attention, *back, BF16) == written
 
 
 @pytest.mark.parametrize(
@@ -248,14 +266,40 @@ def test_maxima_come_back_from_static_scales_without_a_changed_bit(dialect, form
         np.testing.assert_allclose(back, amax, rtol=np.finfo(np.float16).eps * 8)
 
 
-def test_compressed_tensors_cache_scales():
-    written = compressed_tensors.write_cache("model.layers.0.self_attn", 7.625, 5.5, BF16)
-    assert {n: (a.dtype, a.shape, float(a[0])) for n, a in written.items()} == {
-        "model.layers.0.self_attn.k_scale": (BF16, (1,), float(BF16.type(7.625 / 448))),
-        "model.layers.0.self_attn.v_scale": (BF16, (1,), float(BF16.type(5.5 / 448))),
+@pytest.mark.parametrize("maxima", [(7.625, 5.5), ([7.625, 0.5], [5.5, 3.0]), ([7.625], [5.5])], ids=str)
+def test_compressed_tensors_cache_scales(maxima):
+    attention = "model.layers.0.self_attn"
+    k, v = (np.array(top, np.float32) for top in maxima)
+    shape = (k.size, 1, 1) if k.ndim else (1,)
+    written = compressed_tensors.write_cache(attention, k, v, BF16)
+    assert {n: (a.dtype, a.shape) for n, a in written.items()} == {
+        f"{attention}.k_scale": (BF16, shape),
+        f"{attention}.v_scale": (BF16, shape),
     }
-    k, v = compressed_tensors.read_cache("model.layers.0.self_attn", written.__getitem__)
-    assert compressed_tensors.write_cache("model.layers.0.self_attn", k, v, BF16) == written
+    for top, scale in zip((k, v), written.values(), strict=True):
+        np.testing.assert_array_equal(scale.reshape(top.shape), (top / 448).astype(BF16))
+    back = compressed_tensors.read_cache(attention, written.__getitem__)
+    for top, found in zip((k, v), back, strict=True):
+        assert (found.dtype, found.shape) == (np.float32, top.shape)
+        np.testing.assert_allclose(found, top, rtol=2.0**-8)
+    again = compressed_tensors.write_cache(attention, *back, BF16)
+    assert {n: describe(a) for n, a in again.items()} == {n: describe(a) for n, a in written.items()}
+
+
+@pytest.mark.parametrize("folder", [f for f in CACHES if f.startswith("llmcompressor")])
+def test_llm_compressors_cache_scales_are_read_and_written_again(folder):
+    every = np.arange(2**16, dtype=np.uint16).view(BF16)
+    digests = {hashlib.sha256(scale.tobytes()).hexdigest(): scale for scale in every}
+    wanted = {n: e for n, e in manifest(folder).items() if n.endswith((".k_scale", ".v_scale"))}
+    assert set(wanted) == {n for a in ATTENTIONS for n in compressed_tensors.cache_names(a)}
+    assert all((e["dtype"], e["shape"]) == ("BF16", [1]) for e in wanted.values())
+    theirs = {name: digests[e["sha256"]].reshape(1) for name, e in wanted.items()}
+    for attention in ATTENTIONS:
+        maxima = compressed_tensors.read_cache(attention, theirs.__getitem__)
+        for name, top in zip(compressed_tensors.cache_names(attention), maxima, strict=True):
+            assert top.shape == () and top == pytest.approx(float(theirs[name][0]) * 448)
+        for name, scale in compressed_tensors.write_cache(attention, *maxima, BF16).items():
+            assert describe(scale) == (BF16, (1,), wanted[name]["sha256"])
 
 
 # --- reading what peers wrote ---
@@ -347,7 +391,7 @@ CT_ORACLE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(CT_ORACLE) - CACHED))
+@pytest.mark.parametrize("name", sorted(n for n in CT_ORACLE if f"llmcompressor/{n}" not in CACHES))
 def test_decoding_is_compressed_tensors_own_decompression(name):
     torch = pytest.importorskip("torch")
     compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -383,9 +427,15 @@ def as_torch(torch, array):
 
 # --- round trips, layouts ---
 
+ROTATED = [  # the matrix is known to servers; wanted by a kernel; not Sylvester's
+    Scheme(ct(mxfp4), ct(mxfp4), 32),
+    Scheme(ct(nvfp4), ct(nvfp4), 16),
+    Scheme(ct(int8), ct(int8, per="tensor"), 12),
+]
 EVERY = [
     *((compressed_tensors, s) for s in {s: None for s in CT_ORACLE.values()}),
     *((modelopt, s) for s in {s: None for s in MO.values()}),
+    *((compressed_tensors, s) for s in ROTATED),
 ]
 
 
@@ -399,7 +449,9 @@ def label(value):
 def test_writing_reading_and_writing_again_changes_no_byte(dialect, scheme, data):
     n = 2 * data.draw(st.integers(1, 70), label="half the rows")
     blocks = {"int4": getattr(scheme.weights, "group", 0), "nvfp4": 16, "fp8": 1, "int8": 1}
-    k = blocks.get(scheme.weights.name, 32) * data.draw(st.integers(1, 9), label="blocks")
+    k = max(blocks.get(scheme.weights.name, 32), scheme.hadamard) * data.draw(
+        st.integers(1, 9), label="blocks"
+    )
     dtype = data.draw(st.sampled_from([BF16, np.dtype(np.float16), np.dtype(np.float32)]), label="dtype")
     amax = data.draw(st.floats(2**-6, 512, width=32), label="amax")
     q = random_tensor(scheme.weights, (n, k), dtype, data.draw(st.integers(0, 2**32 - 1), label="seed"))
@@ -407,10 +459,13 @@ def test_writing_reading_and_writing_again_changes_no_byte(dialect, scheme, data
     assert {s: (a.dtype, a.shape) for s, a in written.items()} == {
         s: (np.dtype(a.dtype), a.shape) for s, a in dialect.layout("m", (n, k), dtype, scheme).items()
     }
-    assert all(name.removeprefix("m") in (*dialect.SUFFIXES, ".weight") for name in written)
+    matrix = f"m.hadamard_{scheme.hadamard}_input.weight"
+    assert all(name.removeprefix("m") in (*dialect.SUFFIXES, ".weight") for name in written if name != matrix)
+    assert (matrix in written) == (scheme.hadamard in (12, 16))
     files = dialect.config({"m": scheme}, [], None)
     config = {"quantization_config": files.pop("quantization_config")}
     parsed = dialect.parse(config, files.get("hf_quant_config.json"), ["m"])
+    assert parsed.schemes["m"].hadamard == scheme.hadamard
     back, top = dialect.read("m", written.__getitem__, parsed.schemes["m"], dtype)
     assert back.shape == q.shape and back.format == base.as_read(scheme.weights, dialect.ARITHMETIC)
     assert describe(back.codes) == describe(q.codes)
@@ -493,7 +548,7 @@ def test_several_schemes_are_groups_of_full_names():
 
 def test_modelopt_mixes_what_vllm_accepts():
     schemes = {m: MO["FP8_DEFAULT_CFG"] if "self_attn" in m else MO["NVFP4_DEFAULT_CFG"] for m in MODULES}
-    written = modelopt.config(schemes, ["lm_head"], fp8.FORMAT())
+    written = modelopt.config(schemes, ["lm_head"], Cache(fp8.FORMAT(), fp8.FORMAT()))
     config, extra = written["quantization_config"], written["hf_quant_config.json"]
     assert config["quant_algo"] == extra["quantization"]["quant_algo"] == "MIXED_PRECISION"
     assert config["quantized_layers"][MODULES[-1]] == {"quant_algo": "NVFP4", "group_size": 16}
@@ -502,7 +557,8 @@ def test_modelopt_mixes_what_vllm_accepts():
         assert {m: (base.plain(s.weights), base.plain(s.inputs)) for m, s in parsed.schemes.items()} == {
             m: (s.weights, s.inputs) for m, s in schemes.items()
         }
-        assert base.plain(parsed.cache) == fp8.FORMAT() and parsed.ignore == ("lm_head",)
+        assert parsed.cache == Cache(mo(fp8, as_read=True), mo(fp8, as_read=True))
+        assert parsed.ignore == ("lm_head",)
     with pytest.raises(InputError, match="cannot mix FP8, W4A16_AWQ"):
         modelopt.config({"a": MO["FP8_DEFAULT_CFG"], "b": Scheme(mo(int4))}, [], None)
 
@@ -556,6 +612,92 @@ def changed(folder, *path, value):
     return config
 
 
+def rotations(ignore=(), **options):
+    """A transform_config of one group `u`; `location` and `ignore` are of what it is applied to."""
+    place = {"targets": ["Linear"], "location": "input", "inverse": False, "ignore": list(ignore)}
+    place |= {k: v for k, v in options.items() if k == "location"}
+    group = {"type": "hadamard", "apply": [place], "randomize": False, "requires_grad": False, "head_dim": 32}
+    group |= {k: v for k, v in options.items() if k != "location"}
+    return {"config_groups": {"u": group | {"precision": "torch.float32"}}}
+
+
+@pytest.mark.parametrize(
+    "group, expected",
+    [
+        ({}, {32}),
+        ({"head_dim": 16}, {16}),
+        ({"location": "weight_input"}, {0}),  # folded into the weights: a record
+        ({"ignore": ["lm_head", "re:.*down_proj$"]}, {32, 0}),
+    ],
+)
+def test_rotations_of_inputs_are_read(group, expected):
+    folder = "llmcompressor/MXFP4"
+    said = rotations(**{"ignore": ["lm_head"]} | group)
+    config = changed(folder, "transform_config", value=said)
+    parsed = compressed_tensors.parse(config, None, [*MODULES, "lm_head"])
+    assert {s.hadamard for s in parsed.schemes.values()} == expected
+    assert len(parsed.schemes) == len(MODULES) and parsed.ignore == ("lm_head",)
+    for module, scheme in parsed.schemes.items():
+        assert scheme._replace(hadamard=0) == Scheme(ct(mxfp4, as_read=True), ct(mxfp4, as_read=True))
+        assert scheme.hadamard or "down_proj" in module or "weight_input" in group.values()
+
+
+def test_a_rotation_is_written_as_compressed_tensors_dumps_one():
+    scheme = Scheme(ct(mxfp4), ct(mxfp4), 32)
+    written = compressed_tensors.config(dict.fromkeys(MODULES, scheme), ["lm_head"], None)
+    golden = changed("llmcompressor/MXFP4", "transform_config", value=rotations(["lm_head"]))
+    found, wanted = written["quantization_config"], golden["quantization_config"]
+    (ours,), (theirs,) = (c.pop("transform_config")["config_groups"].values() for c in (found, wanted))
+    assert bare(found) == bare(wanted)
+    defaults = {"randomize": False, "requires_grad": False, "precision": "torch.float32"}
+    ours["apply"][0].setdefault("inverse", False)
+    assert defaults | ours == theirs
+    transform = pytest.importorskip("compressed_tensors.transform")
+    read = transform.TransformConfig.model_validate({"config_groups": {"u": ours}})
+    assert read == transform.TransformConfig.model_validate({"config_groups": {"u": theirs}})
+
+
+def test_the_matrix_of_a_rotation_is_compressed_tensors_own():
+    hadamard = pytest.importorskip("compressed_tensors.transform.utils.hadamard")
+    scheme = ROTATED[1]
+    written = compressed_tensors.write("m", encoded("llama", MODULES[0], scheme.weights), scheme, 1.0)
+    matrix = written["m.hadamard_16_input.weight"].astype(np.float32)
+    np.testing.assert_array_equal(matrix, hadamard.deterministic_hadamard_matrix(16).float().numpy())
+    damaged = written | {"m.hadamard_16_input.weight": np.eye(16, dtype=BF16)}
+    with pytest.raises(InputError, match="is not the matrix that mojax rotates with"):
+        compressed_tensors.read("m", damaged.__getitem__, scheme, BF16)
+
+
+@pytest.mark.parametrize("value", ["NVFP4", {"num_bits": 4, "type": "float", "group_size": 16}, None])
+def test_a_cache_in_nvfp4_is_read_from_either_file(value):
+    folder = "modelopt/NVFP4_DEFAULT_CFG+NVFP4_KV_CFG"
+    extra = read_json(folder, "hf_quant_config.json")
+    assert extra["quantization"]["kv_cache_quant_algo"] == "NVFP4"
+    if value is not None:
+        extra["quantization"]["kv_cache_quant_algo"] = None
+    parsed = modelopt.parse(changed(folder, "kv_cache_scheme", value=value), extra, MODULES)
+    assert parsed.cache == cache_of(folder, "float32", as_read=True)
+
+
+def test_two_files_that_disagree_about_the_cache_are_refused():
+    folder = "modelopt/NVFP4_DEFAULT_CFG+NVFP4_KV_CFG"
+    config = changed(folder, "kv_cache_scheme", value={"num_bits": 8, "type": "float"})
+    with pytest.raises(InputError, match=r"the KV cache is quantized as .*8.*, hf_quant_config.json 'NVFP4'"):
+        modelopt.parse(config, read_json(folder, "hf_quant_config.json"), MODULES)
+
+
+def test_a_cache_with_a_scale_per_head_is_read_and_written():
+    said = {"num_bits": 8, "type": "float", "strategy": "attn_head"}
+    config = changed("llmcompressor/FP8_DYNAMIC_KV", "kv_cache_scheme", value=said)
+    found = compressed_tensors.parse(config, None, MODULES).cache
+    assert found == Cache(ct(fp8, as_read=True), ct(fp8, as_read=True), per="head")
+    schemes = dict.fromkeys(MODULES, CT["FP8_DYNAMIC_KV"])
+    written = compressed_tensors.config(schemes, ["lm_head"], found)["quantization_config"]
+    golden = read_json("llmcompressor/FP8_DYNAMIC_KV", "config.json")["quantization_config"]
+    golden["kv_cache_scheme"]["strategy"] = "attn_head"
+    assert bare(written) == bare(golden)
+
+
 WEIGHTS = ("config_groups", "group_0", "weights")
 
 
@@ -570,13 +712,38 @@ WEIGHTS = ("config_groups", "group_0", "weights")
             "int-quantized",
             "format is 'int-quantized'; int4",
         ),
-        (("transform_config",), {"config_groups": {"u": {}}}, "transform_config"),
+        (
+            ("transform_config",),
+            rotations(location="output"),
+            r"transform_config\.config_groups\.u: is applied at 'output'",
+        ),
+        (("transform_config",), rotations(location="q_attn"), "is applied at 'q_attn'"),
+        (("transform_config",), rotations(type="random-hadamard"), "is a 'random-hadamard' of 32 channels"),
+        (("transform_config",), rotations(type="random-matrix"), "is a 'random-matrix' of 32 channels"),
+        (("transform_config",), rotations(head_dim=None), r"groups\.u\.head_dim is None"),
+        (("transform_config",), "hadamard", "transform_config is 'hadamard', needed an object"),
+        (("transform_config",), {"config_groups": {"u": [32]}}, r"groups\.u is \[32\], needed an object"),
         (("sparsity_config",), {"format": "sparse-24-bitmask", "targets": ["Linear"]}, "sparsity_config"),
         (("quantization_status",), "frozen", "quantization_status is 'frozen'"),
         (
             ("kv_cache_scheme",),
-            {"num_bits": 8, "type": "float", "strategy": "attn_head"},
-            "strategy is 'attn_head'",
+            {"num_bits": 8, "type": "float", "strategy": "channel"},
+            r"kv_cache_scheme\.strategy is 'channel'",
+        ),
+        (
+            ("kv_cache_scheme",),
+            {"num_bits": 4, "type": "float", "strategy": "attn_head"},
+            r"kv_cache_scheme\.num_bits is 4",
+        ),
+        (
+            ("kv_cache_scheme",),
+            {"num_bits": 8, "type": "int", "strategy": "tensor"},
+            r"kv_cache_scheme\.type is 'int'",
+        ),
+        (
+            ("kv_cache_scheme",),
+            {"num_bits": 8, "type": "float", "strategy": "attn_head", "dynamic": True},
+            r"kv_cache_scheme\.dynamic is True",
         ),
         (
             ("config_groups", "group_0", "input_activations"),
@@ -600,7 +767,11 @@ def test_what_compressed_tensors_cannot_be_read_is_named(path, value, message):
             "says quant_algo 'NVFP4_AWQ', hf_quant_config.json 'NVFP4'",
         ),
         (("group_size",), 32, r"group_size is 32"),
-        (("kv_cache_scheme",), "NVFP4", "the KV cache is quantized as 'NVFP4'"),
+        (("kv_cache_scheme",), "NVFP4_AFFINE", "the KV cache is quantized as 'NVFP4_AFFINE'"),
+        (("kv_cache_scheme",), "INT8", "the KV cache is quantized as 'INT8'"),
+        (("kv_cache_scheme",), {"num_bits": 8, "type": "int"}, "the KV cache is quantized as {'num_bits': 8"),
+        (("kv_cache_scheme",), {"num_bits": [4, 3], "type": "float"}, r"the KV cache is .*\[4, 3\]"),
+        (("kv_cache_scheme",), {"num_bits": 4, "type": "float", "group_size": 32}, "the KV cache is .* 32"),
     ],
 )
 def test_what_of_modelopt_cannot_be_read_is_named(path, value, message):
@@ -694,6 +865,9 @@ def test_a_static_input_without_a_maximum_is_refused():
         (modelopt, Scheme(mo(mxfp4), mo(mxfp4)), ""),
         (modelopt, Scheme(mo(int8), mo(int8, per="token")), ""),
         (hf_fp8, Scheme(mo(fp8, per="block"), mo(fp8, per="block")), ""),
+        (compressed_tensors, CT["MXFP4"]._replace(hadamard=32), "vllm"),
+        (compressed_tensors, CT["W8A8_STATIC"]._replace(hadamard=12), "vllm"),
+        (modelopt, MO["MXFP8_DEFAULT_CFG"]._replace(hadamard=32), ""),
     ],
 )
 def test_who_loads_what(dialect, scheme, loads):
@@ -703,9 +877,17 @@ def test_who_loads_what(dialect, scheme, loads):
 
 
 def test_every_reason_belongs_to_a_refusal():
+    weights = [*ct_schemes.WEIGHTS, int4.FORMAT(), int4.FORMAT(symmetric=False), nf4.FORMAT()]
+    schemes = {
+        (base.kind(w), base.kind(i)): Scheme(w, i) for w in weights for i in (None, *ct_schemes.INPUTS)
+    }
+    for dialect in (ct_schemes, mo_schemes, bitsandbytes):
+        for (w, i, target), reason in dialect.REASONS.items():
+            assert (dialect.check(schemes[w, i], target) or "").endswith(reason), (w, i, target)
     for dialect in (ct_schemes, mo_schemes):
-        for weights, inputs, target in dialect.REASONS:
-            assert target in base.TARGETS and target not in dialect.LOADS[weights, inputs]
+        for (w, i, target), reason in dialect.EXPERTS.items():
+            assert dialect.check(schemes[w, i], target) is None, (w, i, target)
+            assert (dialect.check(schemes[w, i], target, experts=True) or "").endswith(reason)
 
 
 def test_schemes_a_dialect_lacks_cannot_be_written():
@@ -713,8 +895,41 @@ def test_schemes_a_dialect_lacks_cannot_be_written():
         modelopt.config({"m": Scheme(mo(int8), mo(int8, per="token"))}, [], None)
     with pytest.raises(InputError, match="has 3 rows"):
         modelopt.layout("m", (3, 128), BF16, Scheme(mo(int4)))
-    with pytest.raises(InputError, match=r"KV cache has no form in"):
-        compressed_tensors.config({"m": CT["FP8"]}, [], ct(int8, per="tensor"))
+    with pytest.raises(InputError, match=r"mxfp8 weights .* rotated by hadamard 32 in the modelopt"):
+        modelopt.config({"m": MO["MXFP8_DEFAULT_CFG"]._replace(hadamard=32)}, [], None)
+
+
+@pytest.mark.parametrize(
+    "formats, options, dialects",
+    [
+        ((fp8, fp8), {}, [compressed_tensors, modelopt]),
+        ((fp8, fp8), {"cast": True}, [compressed_tensors, modelopt]),
+        ((fp8, fp8), {"per": "head"}, [compressed_tensors]),
+        ((nvfp4, nvfp4), {}, [modelopt]),
+        ((fp8, nvfp4), {}, []),
+        ((fp8, None), {}, []),
+        ((fp8, fp8), {"affine": True}, []),
+        ((nvfp4, nvfp4), {"rotate": True}, []),
+        ((fp8, fp8), {"skip_last": 1}, []),
+        ((fp8, fp8), {"attention": True}, []),
+        ((None, None), {"attention": True}, []),
+    ],
+)
+def test_a_cache_is_written_where_it_has_a_form_and_is_what_comes_back(formats, options, dialects):
+    for dialect, scheme in ((compressed_tensors, CT["FP8"]), (modelopt, MO["FP8_DEFAULT_CFG"])):
+        k, v = (f and f.FORMAT(arithmetic=dialect.ARITHMETIC) for f in formats)
+        cache = Cache(k, v, **options)
+        if dialect not in dialects:
+            with pytest.raises(InputError, match=r"^a key/value cache kept as .* has no form in"):
+                dialect.config({"m": scheme}, [], cache)
+            refused = {target: dialect.check_cache(cache, target) for target in base.TARGETS}
+            assert all(why and ": " in why for why in refused.values())
+            continue
+        written = dialect.config({"m": scheme}, [], cache)
+        config = {"quantization_config": written["quantization_config"]}
+        read = dialect.parse(config, written.get("hf_quant_config.json"), ["m"]).cache
+        k, v = (base.as_read(f, dialect.ARITHMETIC) for f in (k, v))
+        assert read == dataclasses.replace(cache, k=k, v=v, cast=False)
 
 
 def test_every_converter_has_what_the_others_have():
@@ -723,7 +938,8 @@ def test_every_converter_has_what_the_others_have():
     for name in names:
         module = find.find("converters", name)
         reads = {"DIALECT", "ARITHMETIC", "WRITES", "METHODS", "SUFFIXES", "check", "parse", "read"}
-        writes = {"config", "layout", "write", "write_cache", "read_cache", "cache_names", "LISTS_EMBEDDINGS"}
+        writes = {"config", "layout", "write", "check_cache", "write_cache", "read_cache", "cache_names"}
+        writes |= {"LISTS_EMBEDDINGS"}
         assert reads | (writes if module.WRITES else set()) <= set(dir(module))
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 import mojax
 from mojax import decoding, recipe
+from mojax.cache import Cache
 from mojax.find import find
 from mojax.formats import nvfp4
 from mojax.formats.base import QTensor
@@ -154,7 +155,10 @@ def test_with_packed_experts(tmp_path):
 
 def test_with_an_fp8_cache(llama, tmp_path):
     model = applied(llama, "fp8", tmp_path, rules="rules: [{match: '*', kv_cache: fp8}]\n")
-    assert model.cache.name == "fp8" and "model.layers.0.self_attn.k_cache.input_scale" in model.params
+    assert (
+        model.cache.k.name == model.cache.v.name == "fp8"
+        and "model.layers.0.self_attn.k_cache.input_scale" in model.params
+    )
     check(model)
     plain = dataclasses.replace(model, cache=None)
     rounded, exact = (np.asarray(m(TOKENS)) for m in (model, plain))
@@ -163,7 +167,7 @@ def test_with_an_fp8_cache(llama, tmp_path):
 
 def test_with_an_nvfp4_cache(llama):
     """Without scales of the file: they are 1."""
-    model = dataclasses.replace(mojax.load(llama), cache=nvfp4.FORMAT())
+    model = dataclasses.replace(mojax.load(llama), cache=Cache(nvfp4.FORMAT(), nvfp4.FORMAT()))
     check(model)
     layer = decoding.empty(model.cache, (1, 64, 2, 32), jnp.float32, (None, None))
     assert layer.k.codes.dtype == jnp.uint8 and layer.k.codes.shape == (1, 64, 2, 16)
