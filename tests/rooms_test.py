@@ -79,6 +79,7 @@ MAY = {
     "mojax.formats": ("mojax.errors", "mojax.formats"),
     "mojax.models": ("mojax.errors", "mojax.models"),
     "mojax.kernels": ("mojax.errors", "mojax.kernels", "mojax.formats"),
+    "mojax.rounding": ("mojax.errors", "mojax.compile", "mojax.formats"),
     "mojax.view": (),
     "mojax.rules": ("mojax.errors", "mojax.view"),
     "mojax.structure": ("mojax.errors", "mojax.structure", "mojax.rules", "mojax.view"),
