@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NOTEBOOKS = {"quickstart.ipynb": 2, "any-function.ipynb": 2}  # pictures in each
+NOTEBOOKS = {"quickstart.ipynb": 2, "any-function.ipynb": 2, "compose.ipynb": 2}  # pictures in each
 
 pytestmark = pytest.mark.filterwarnings("default")  # of Jupyter's own packages
 

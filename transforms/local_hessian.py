@@ -44,7 +44,7 @@ def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params
     return encode("local_hessian", params, stats, context, solve)
 
 
-def solve(m: Matrix, *, low: float, high: float, count: int, damping: float, signed: bool) -> Solved:
+def solve(m: Matrix, *, low: float, high: float, count: int, damping: float, signed: bool = False) -> Solved:
     """One matrix; by plain squares where no token was seen."""
     if "inner" not in m.scales or m.format.block_rows > 1:
         return unchanged(m)
