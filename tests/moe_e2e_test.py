@@ -13,7 +13,18 @@ from moe_models import tiny_mixtral, tiny_qwen3_moe
 from shipped import distinct
 
 import mojax
-from mojax import calibration, checkpoint, cli, experts, inspection, pipeline, plan_table, program, verify
+from mojax import (
+    calibration,
+    checkpoint,
+    cli,
+    experts,
+    inspection,
+    pipeline,
+    plan_table,
+    program,
+    stream,
+    verify,
+)
 from mojax.calibration import Stats
 from mojax.formats.base import QTensor
 from mojax.kernels.base import decoded
@@ -498,9 +509,9 @@ def test_smoothquant_leaves_experts_alone(sources):
     stats = mojax.calibrate(source, plan, tokens)
     block = source.blocks[1]
     mine = {r.name: source.params[r.name] for r in plan.rows if r.block == block.prefix}
-    made = dict(pipeline.apply_block(plan, block, stats, mine))
-    alone = dataclasses.replace(plan, step=mojax.plan(source, "int8").step)
-    plain = dict(pipeline.apply_block(alone, block, stats, mine))
+    made = stream.transform(plan, block, mine, stats)
+    alone = dataclasses.replace(plan, steps=mojax.plan(source, "int8").steps)
+    plain = stream.transform(alone, block, mine, stats)
     for part in NAMES["mixtral"]:
         name = f"{LAYER['mixtral']}.*.{part}.weight"
         assert np.asarray(made[name].codes).tobytes() == np.asarray(plain[name].codes).tobytes()
