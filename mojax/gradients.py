@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
     Attributes:
       output_gram: G, float32 `[out / b, b, b]`; `[experts, out / b, b, b]` for experts.
       tokens: w, a float32 `[tokens]` for every batch of `calibration.batches`; for experts in the order in
-        which the block sorts its rows.
+        which float32 arithmetic sorts the rows, so that another run of the block cannot be weighed with it.
     """
 
     output_gram: dict[str, np.ndarray]

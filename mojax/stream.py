@@ -29,10 +29,11 @@ from mojax.model import Lazy, Model
 from mojax.models.layers import Block
 from mojax.plans import READS, Plan
 from mojax.program import INPUT, Program, block_of, cache_scales, run_block, simulated, watched
-from mojax.threads import each
+from mojax.threads import MOST, each
 from mojax.transforms.base import Context, Outcome, Passage
 from mojax.transforms.rtn import static_maximum
 
+LARGE = ("gram", "seen_gram", "drift", "sample")  # statistics that are not kept for blocks to come
 Observe = Callable[[tuple[str, ...], Mapping[str, Any]], Mapping[str, Mapping[str, Any]]]
 
 
@@ -120,7 +121,7 @@ class Stream:
         self.model, self.plan = model, plan
         self.source: Sequence[jax.Array] = calibration.start(model, tokens)
         self.seen: Sequence[jax.Array] = self.source
-        self._ready: dict[str, tuple[Mapping[str, Any], Stats]] = {}  # of migrated blocks
+        self._ready: dict[str, tuple[Mapping[str, Any], Stats, list[Outcome]]] = {}  # of migrated blocks
         self._gradients = Gradients({}, {})
         draws = plan.recipe.calibration.gradients
         if draws and "gram" in plan.encoding.needs:
@@ -138,8 +139,10 @@ class Stream:
         params = {n: self.model.params[n] for n in self.model.params if n.startswith(block.prefix)}
         out = None
         if block.prefix in self._ready:
-            migrated, stats = self._ready[block.prefix]
+            migrated, stats, said = self._ready.pop(block.prefix)
             leaves = {n: np.asarray(w) for n, w in migrated.items()}
+            for outcome in said:
+                log(outcome)
         else:
             out, stats = self._watch(block)
             context = self.plan.context(block)._replace(log=log)
@@ -157,11 +160,20 @@ class Stream:
             out = out or _through(self.model.program(block), self.model.local(block), self.source)
             leaves |= self._tune(block, plain, {**params, **leaves}, out, log)
         self._advance(block, out, {**params, **leaves})
+        self._forget(block)
         return Made(leaves, Stats(stats | taken))
 
     def skip(self, block: Block, leaves: Mapping[str, Any]) -> None:
         """Go on past a block that was finished before: `leaves` as it was written."""
         self._advance(block, None, leaves)
+        self._forget(block)
+
+    def _forget(self, block: Block) -> None:
+        """Let go of what was kept for a block that is done."""
+        self._ready.pop(block.prefix, None)
+        for kept in (self._gradients.output_gram, self._gradients.tokens):
+            for name in [n for n in kept if n.startswith(block.prefix)]:
+                del kept[name]
 
     def _watch(self, block: Block) -> tuple[list[jax.Array] | None, Stats]:
         """The source's output of a block, and the statistics that are taken before any step; if any are."""
@@ -176,9 +188,16 @@ class Stream:
         for block in self.model.blocks if self.plan.watched else ():
             out, stats = self._watch(block)
             params = {n: self.model.params[n] for n in self.model.params if n.startswith(block.prefix)}
-            leaves = dict(self.plan.migration.apply(params, stats, self.plan.context(block)))
+            said: list[Outcome] = []
+            context = self.plan.context(block)._replace(log=said.append)
+            leaves = dict(self.plan.migration.apply(params, stats, context))
             kept = _kept(scratch, block, leaves)
-            self._ready[block.prefix] = kept, stats
+            if scratch is not None:  # in memory they are all returned
+                small = {
+                    n: {k: v for k, v in values.items() if k not in LARGE} for n, values in stats.items()
+                }
+                stats = Stats(small)
+            self._ready[block.prefix] = kept, stats, said
             made |= {n: functools.partial(kept.__getitem__, n) for n in kept}
             assert out is not None
             self.source = out
@@ -242,8 +261,10 @@ class Stream:
             return {w: {k: np.asarray(v) for k, v in values.items()} for w, values in taken.items()}
 
         merged = Stats()
-        for taken in [run(0), *each(run, range(1, len(self.source)))]:
-            merged = merged.merge(taken)
+        merged = merged.merge(run(0))  # alone, so that it is compiled once
+        for start in range(1, len(self.source), MOST):  # a matrix a batch: not all of them at once
+            for taken in each(run, range(start, min(start + MOST, len(self.source)))):
+                merged = merged.merge(taken)
         for w in watched:
             values = merged[w[n:]]
             _finite(w, values)
@@ -358,6 +379,8 @@ def observe(
         values = {n: _take(n, rows, sizes) for n in needs if n in STATISTICS and n != "gram"}
         if "gram" in needs and not tokens:
             values["gram"] = _take("gram", after, after_sizes)
+            if "count" in needs:  # of the tokens in it: the streams may route differently
+                values["count"] = _take("count", after, after_sizes)
         if "seen_gram" in needs:
             values["seen_gram"] = _take("gram", after, after_sizes)
         if "drift" in needs and sizes is None and rows.ndim == 2:
@@ -365,7 +388,9 @@ def observe(
         for w in weights:
             felt = {}
             if "gram" in needs and tokens:
-                felt["gram"] = _take("gram", rows * jnp.sqrt(tokens[w])[:, None], sizes)
+                # Rows of experts were sorted in another arithmetic there, so their tokens count alike.
+                weighed = rows * jnp.sqrt(tokens[w])[:, None] if sizes is None else rows
+                felt["gram"] = _take("gram", weighed, sizes)
             found[w] = values | felt
     return found
 

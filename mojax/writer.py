@@ -108,7 +108,8 @@ class Writer:
           counts: how many tokens the experts saw; outcomes: of the steps.
         """
         self.counts = self.counts | dict(counts)
-        self.outcomes += outcomes
+        again = {(o.step, o.weight) for o in outcomes}  # of a block that was interrupted while it was written
+        self.outcomes = [o for o in self.outcomes if (o.step, o.weight) not in again] + list(outcomes)
         self.facts |= {COUNTS: self.counts} if self.counts else {}
         self.facts |= {OUTCOMES: [list(o) for o in self.outcomes]} if self.outcomes else {}
         self._update()
