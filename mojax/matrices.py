@@ -17,7 +17,7 @@ import numpy as np
 from mojax.compile import jit
 from mojax.errors import NotFiniteError
 from mojax.formats.base import Format, QTensor
-from mojax.formats.leaf import canonical, restore
+from mojax.formats.leaf import canonical
 from mojax.formats.rows import common_rows, cut
 from mojax.rounding.objective import damped, value
 from mojax.rounding.scales import Scales, encoded
@@ -47,16 +47,6 @@ class Leaf(NamedTuple):
         scales = {level: stack(*(q.scales[level] for q in parts)) for level in parts[0].scales}
         q = parts[0]
         return QTensor(codes, scales, q.format, self.shape, q.dtype, self.contract, self.batch)
-
-    def restored(self, matrices: Sequence[Any]) -> np.ndarray:
-        """The leaf of these matrices."""
-        stacked = np.stack([np.asarray(m) for m in matrices])
-        if not self.batch and not self.contract:
-            return stacked[0]
-        sizes = tuple(self.shape[a] for a in self.batch)
-        return np.asarray(
-            restore(stacked.reshape(*sizes, *stacked.shape[1:]), self.shape, self.contract, self.batch)
-        )
 
 
 class Matrix(NamedTuple):

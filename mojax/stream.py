@@ -49,7 +49,6 @@ def transform(
     block: Block | None,
     params: Mapping[str, Any],
     stats: Mapping[str, Mapping[str, Any]],
-    observe: Observe | None = None,
     log: Callable[[Outcome], None] = lambda outcome: None,
 ) -> dict[str, Any]:
     """The leaves of one block (None: of what is outside the blocks) that the plan's steps change or add.
@@ -57,13 +56,11 @@ def transform(
     Args:
       params: the leaves of that block.
       stats: of its inputs, by weight.
-      observe: the statistics that the encoding steps need of some weights, given the leaves so far; by
-        default those in `stats`.
       log: called with the outcomes of steps.
     """
     context = plan.context(block)._replace(log=log)
     changed = dict(plan.migration.apply(params, stats, context))
-    return changed | encode(plan, block, {**params, **changed}, stats, observe, log)
+    return changed | encode(plan, block, {**params, **changed}, stats, log=log)
 
 
 def encode(
@@ -75,7 +72,12 @@ def encode(
     log: Callable[[Outcome], None] = lambda outcome: None,
 ) -> dict[str, Any]:
     """The second half of `transform`: weights of rotated inputs are rotated, inputs get static scales, then
-    the encoding steps come, input after input."""
+    the encoding steps come, input after input.
+
+    Args:
+      observe: the statistics that the encoding steps need of some weights, given the leaves so far; by
+        default those in `stats`.
+    """
     context = plan.context(block)._replace(log=log)
     changed = rotated(context, params)
     for module, scheme in context.schemes.items():

@@ -71,7 +71,7 @@ def fp8_scales(amax: Any, largest: Any, top: float = 448.0) -> Any:
 def dynamic(ctx: Any, x: Any, size: int, amax: Any, bits: Any, scale_bits: Any, *rest: Any) -> Any:
     """In place of `_dynamic_block_quantize_forward`, for E2M1 in blocks along the last axis."""
     if tuple(bits) != (2, 1):
-        raise NotImplementedError(f"{bits} in blocks: only E2M1 is simulated here")
+        raise ValueError(f"{bits} in blocks: only E2M1 is simulated here")
     blocks = x.float().reshape(-1, size)
     largest = blocks.abs().amax(dim=1, keepdim=True)
     if tuple(scale_bits) == (8, 0):
