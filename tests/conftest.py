@@ -1,6 +1,8 @@
 """Strict JAX for every test: no silent dtype or rank promotion, warnings are errors."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,18 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MAPS = Path("/proc/self/maps")  # of Linux, which allows a process 65530 of them
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Each compiled function maps memory, thousands in a file of tests; past the limit the process dies."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 16000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_runtest_setup(item):
