@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import stacks
 from peers import quality_numbers as numbers
 from train_tiny import cache
 
@@ -55,11 +56,21 @@ BOTH = ("rtn", "mse", "imatrix", "awq", "gptq", "mse+gptq", "awq+gptq", "spinqua
 INT8 = ("rtn", "mse", "smoothquant", "smoothquant8", "gptq", "smoothquant8+gptq", "spinquant4+gptq")
 MODELOPT = ("max", "mse", "sweep", "four_over_six", "local_hessian")
 MODELOPT = (*MODELOPT, "awq_lite", "awq_clip", "awq_full", "svdquant", "gptq")
+ONE = "local_hessian+gptq+refine"  # error feedback without the backward pass
+SIGNED = "local_hessian-signed+gptq+refine-signed"
 ALL = {
     "mojax": (
         *("nvfp4_weight_only", "nvfp4_weight_only_best", "nvfp4", "nvfp4_gptq", "nvfp4_best"),
         *("mxfp4_weight_only", "mxfp4_weight_only_best", "mxfp4", "mxfp4_two_sided", "mxfp4_best"),
         *("int4", "int4_gptq", "int4_best", "int8_static", "int8_static_best", "int8", "int8_smoothquant"),
+        *(f"nvfp4_weight_only/{s}" for s in ("mse", "local_hessian+gptq", ONE, f"qep1+{ONE}")),
+        *(f"nvfp4/{s}" for s in ("awq+rtn", "mse", ONE, f"awq+{ONE}", f"awq+qep+{ONE}")),
+        *(f"mxfp4_weight_only/{s}" for s in (ONE, f"qep1+{ONE}")),
+        *(f"mxfp4/{s}" for s in (ONE, f"awq+{ONE}")),
+        f"mxfp4_hadamard/awq+{ONE}",
+        *(f"{base}/{s}" for base in ("int4", "int4_g32") for s in (SIGNED, f"qep1+{SIGNED}")),
+        *("int4_g32/rtn", f"int4_g32/gradients+qep+{SIGNED}"),
+        "int8_static/rtn",
     ),
     "llm-compressor": (
         *(f"nvfp4_weight_only/{s}" for s in (*BOTH, "expanded", "expanded+gptq")),
@@ -138,13 +149,19 @@ def measure(work: Path, model: Path, recipe: str, seed: int) -> dict[str, Any]:
     import mojax
     from mojax import evaluation
 
-    start = time.perf_counter()
+    start, reference = time.perf_counter(), mojax.load(str(model))
+    said = mojax.load_recipe(stacks.recipe(recipe))
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out"
-        seen = str(write_tokens(work, model, "calibration", seed))
-        mojax.optimize(str(model), recipe, out, calibration_text=seen, evaluate=False)
+        if stacks.kept_here(recipe):
+            plan = mojax.plan(reference, said, target="mojax")
+            ids = numbers.tokens(work, model, "calibration", seed).astype(np.int32)
+            quantized = mojax.apply(reference, plan, mojax.calibrate(reference, plan, ids))
+        else:
+            own = "@" in recipe  # it says itself how much text calibrates
+            seen = None if own else str(write_tokens(work, model, "calibration", seed))
+            mojax.optimize(str(model), said, Path(scratch) / "out", calibration_text=seen, evaluate=False)
+            quantized = mojax.load(Path(scratch) / "out")
         seconds = time.perf_counter() - start
-        quantized, reference = mojax.load(out), mojax.load(str(model))
         tokens = numbers.tokens(work, model, "evaluation", 0).astype(np.int32)
         facts = numbers.summary(*evaluation.per_token(quantized, reference, tokens))
         return facts | {"bits": evaluation.quantized_bits(quantized), "seconds": seconds}
@@ -365,6 +382,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=cache() / "quality", help="results, logs and plots")
     parser.add_argument("--peers", type=Path, default=cache() / "peers", help="folder of make_envs.sh")
     parser.add_argument("--python", action="append", default=[], help="TOOL=PATH of a peer's python")
+    parser.add_argument("--of", help="the sources of mojax whose results count; default: those that lie here")
     parser.add_argument("--dry", action="store_true", help="measure nothing")
     parser.add_argument("--book", type=Path, help="write the tables and the plot into this recipe book too")
     arguments = parser.parse_args()
@@ -373,7 +391,7 @@ def main() -> int:
     given = {tool: Path(path) for tool, _, path in (word.partition("=") for word in arguments.python)}
     tiny = PACKAGE / "mojax" / "data" / "tiny"
     models = [tiny if name == "tiny" else Path(name).resolve() for name in arguments.models.split(",")]
-    work, version = arguments.work.resolve(), sources()
+    work, version = arguments.work.resolve(), arguments.of or sources()
 
     def place(work: Path, model: Path, tool: str, recipe: str, seed: int) -> Path:
         name = f"mojax/{version}" if tool == "mojax" else tool

@@ -67,10 +67,10 @@ def factors(rng: np.random.Generator, shape: tuple[int, ...], exact: bool) -> np
     return out
 
 
-def scale(model: Any, params: Params, seed: int, exact: bool) -> None:
-    """The twin S, in place."""
+def scale(model: Any, params: Params, seed: int, exact: bool, layer: int | None = None) -> None:
+    """The twin S, in place; in one layer, or in all."""
     rng, hyper = np.random.default_rng(seed), model.hyper
-    for prefix in (b.prefix for b in model.blocks):
+    for prefix in (b.prefix for i, b in enumerate(model.blocks) if layer in (None, i)):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             alpha = factors(rng, (hyper.hidden_size,), exact)
             params[f"{prefix}{norm}.weight"] *= alpha
@@ -180,7 +180,9 @@ def save(out: Path, source: Path, config: dict[str, Any], params: Params) -> Non
     partial.rename(out)
 
 
-def make(source: str, out: Path, kind: str, seed: int = 0, dtype: str = "float32") -> float:
+def make(
+    source: str, out: Path, kind: str, seed: int = 0, dtype: str = "float32", layer: int | None = None
+) -> float:
     """Write a twin; the largest change of a logit, relative to the largest logit."""
     model = mojax.load(source)
     assert model.checkpoint is not None and model.family is not None
@@ -191,7 +193,7 @@ def make(source: str, out: Path, kind: str, seed: int = 0, dtype: str = "float32
     judged = text.tokens("builtin", folder, **pieces, purpose="evaluation").ids
     before = logits(model.family, dict(model.config), params, judged)
     if kind == "S":
-        scale(model, params, seed, dtype == "bfloat16")
+        scale(model, params, seed, dtype == "bfloat16", layer)
     elif kind == "R":
         seen = text.tokens("builtin", folder, **pieces, purpose="calibration").ids
         print(f"energy in the first direction of the residual stream: {rotate(model, params, seen):.1%}")
@@ -220,11 +222,14 @@ def main() -> None:
     parser.add_argument("--kind", choices=("S", "R", "C"), required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the channels and factors of S")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--layer", type=int, help="S in this layer alone")
     arguments = parser.parse_args()
+    if arguments.layer is not None and arguments.kind != "S":
+        parser.error("--layer goes with --kind=S")
     if arguments.out.exists():
         parser.error(f"{arguments.out} is there already")
     jax.config.update("jax_default_matmul_precision", "highest")
-    make(arguments.model, arguments.out, arguments.kind, arguments.seed, arguments.dtype)
+    make(arguments.model, arguments.out, arguments.kind, arguments.seed, arguments.dtype, arguments.layer)
 
 
 if __name__ == "__main__":
