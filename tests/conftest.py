@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-# What one worker of xdist compiled, the others and the processes they start load: most of the time is XLA's.
+# What one worker of xdist compiled, the others load: most of the time is XLA's.
 # It lasts for this session; with JAX_COMPILATION_CACHE_DIR set it stays, and the next one starts from it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mojax-compiled-")
@@ -40,5 +40,6 @@ def _forget_compiled():
 
 def pytest_runtest_setup(item):
     """`JAX_PLATFORMS=cuda,cpu pytest -m gpu` on a machine with a GPU."""
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a command that a test kills leaves half of a file
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("no GPU: JAX_PLATFORMS=cuda,cpu pytest -m gpu, where there is one")
