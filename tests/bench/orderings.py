@@ -51,7 +51,7 @@ def claims() -> list[Claim]:
         *chain("E1", "M", "nvfp4/gptq+cd", "nvfp4/gptq", "nvfp4/gptq-in-order", "nvfp4/local_hessian"),
         *chain("E1", "M", "nvfp4/gptq-in-order", "nvfp4/wmse", "nvfp4/sweep", four, "nvfp4/rtn"),
         *chain("E1", "M", "nvfp4/local_hessian", "nvfp4/sweep"),
-        *chain("E1", "M", "nvfp4/awq", "nvfp4/rtn", "nvfp4_hadamard/rtn"),
+        *chain("E1", "M", "nvfp4/awq+rtn", "nvfp4/rtn", "nvfp4_hadamard/rtn"),
         *chain("E2", "M", *(f"nvfp4_weight_only/{s}" for s in ("sweep+gptq+cd", "sweep+gptq"))),
         *chain("E2", "M", *(f"nvfp4_weight_only/{s}" for s in ("sweep+gptq", "gptq+cd"))),
         *chain(
@@ -84,7 +84,7 @@ def claims() -> list[Claim]:
     for base in ("nvfp4", "mxfp4", "int4", "int8_static"):
         found.append(Claim("E5", ("C", f"{base}/rtn"), ("S", f"{base}/rtn"), 1 / 4))
     # outliers that rotation undoes
-    for turned in ("int4_hadamard/rtn", "mxfp4_hadamard/rtn", "mxfp4_hadamard/gptq"):
+    for turned in ("int4_hadamard128/rtn", "mxfp4_hadamard128/rtn", "mxfp4_hadamard128/gptq"):
         found.append(Claim("E6", ("R", turned), ("C", turned), 1.15))
     for plain in ("int4_g32/rtn", "int4_g32/awq+rtn", "mxfp4/rtn", "mxfp4/awq+rtn"):
         found.append(Claim("E6", ("C", plain), ("R", plain), 1 / 1.5))
@@ -101,7 +101,7 @@ def claims() -> list[Claim]:
     for n, more in ((64, 256), (256, 1024), (1024, 4096), (4096, 16384)):
         found.append(Claim("E15", ("M", f"int4/gptq@n{more}"), ("M", f"int4/gptq@n{n}")))
     # nothing done is nothing changed; another draw of text changes little
-    found.append(Claim("E16", ("M", "none"), ("M", "nvfp4/rtn"), 0.0))
+    found.append(Claim("E16", ("M", "source"), ("M", "nvfp4/rtn"), 0.0))
     for name in ("nvfp4/gptq", "nvfp4_best", "int4_best"):
         for seed in (1, 2):
             found.append(Claim("E16", ("M", f"{name}@seed{seed}"), ("M", f"{name}@seed0"), 1.05))

@@ -19,7 +19,6 @@ model and its calibration draws), `like` the rung of llama.cpp's ladder that is 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -33,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import stacks
 from peers import quality_numbers as numbers
+from peers.quality_numbers import sources
 from train_tiny import cache
 
 HERE = Path(__file__).resolve().parent
@@ -123,15 +123,6 @@ def form(recipe: str) -> str:
     return max(fits, key=len, default=recipe)
 
 
-def sources() -> str:
-    """Of the package as it lies there: its results are its own."""
-    found = hashlib.sha256()
-    roots = [PACKAGE / name for name in ("mojax", "transforms", "converters", "kernels", "recipes")]
-    for path in sorted(p for root in roots for end in ("*.py", "*.yaml") for p in root.rglob(end)):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
-
-
 def write_tokens(work: Path, model: Path, purpose: Literal["calibration", "evaluation"], seed: int) -> Path:
     """The tokens of a purpose, 64 x 256, as a file that every tool reads."""
     from mojax import text
@@ -150,13 +141,15 @@ def measure(work: Path, model: Path, recipe: str, seed: int) -> dict[str, Any]:
     from mojax import evaluation
 
     start, reference = time.perf_counter(), mojax.load(str(model))
-    said = mojax.load_recipe(stacks.recipe(recipe))
     with tempfile.TemporaryDirectory() as scratch:
-        if stacks.kept_here(recipe):
-            plan = mojax.plan(reference, said, target="mojax")
+        if recipe == "source":
+            quantized = mojax.load(str(model))
+        elif stacks.kept_here(recipe):
+            plan = mojax.plan(reference, mojax.load_recipe(stacks.recipe(recipe)), target="mojax")
             ids = numbers.tokens(work, model, "calibration", seed).astype(np.int32)
             quantized = mojax.apply(reference, plan, mojax.calibrate(reference, plan, ids))
         else:
+            said = mojax.load_recipe(stacks.recipe(recipe))
             own = "@" in recipe  # it says itself how much text calibrates
             seen = None if own else str(write_tokens(work, model, "calibration", seed))
             mojax.optimize(str(model), said, Path(scratch) / "out", calibration_text=seen, evaluate=False)
@@ -268,6 +261,42 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[Row]) -> str:
+    """Of one model: the best of each side at every format."""
+    import mojax
+
+    def streamed(row: Row) -> bool:
+        return mojax.load_recipe(stacks.recipe(row.recipe)).calibration.gradients > 0
+
+    def said(found: list[Row]) -> str:
+        best = min(found, key=lambda r: np.mean(r.kl), default=None)
+        return f"{np.mean(best.kl):.5f} `{best.recipe}`" if best else ""
+
+    head = "format | nearest | the others' best | ours without gradients | ours | less than theirs by"
+    lines = [f"| {head} |", "|---" * 6 + "|"]
+    for name, words in FORMATS.items():
+        mine = [r for r in rows if r.form == name and r.tool == "mojax"]
+        others = [r for r in rows if r.form == name and r.tool != "mojax"]
+        nearest = [r for r in mine if r.recipe in (name, f"{name}/rtn")]
+        nearest = sorted(nearest, key=lambda r: len(r.recipe))[
+            -1:
+        ]  # int8_static itself is not round to nearest
+        if not mine or not others:
+            continue
+        least = [min(float(np.mean(r.kl)) for r in side) for side in (mine, others)]
+        best = min(others, key=lambda r: np.mean(r.kl))
+        cells = (
+            words,
+            f"{np.mean(nearest[0].kl):.5f}" if nearest else "",
+            f"{least[1]:.5f} {best.tool} `{best.recipe}`",
+            said([r for r in mine if not streamed(r)]),
+            said(mine),
+            f"{1 - least[0] / least[1]:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def across(rows: list[Row]) -> str:
     """KL of each recipe on each model, best geometric mean first; only recipes that all models have."""
     models = list(dict.fromkeys(row.model for row in rows))
@@ -347,6 +376,7 @@ def print_tables(rows: list[Row], work: Path) -> None:
             chosen = sorted((r for r in mine if r.form == name), key=lambda r: np.mean(r.kl))
             if chosen:
                 print(f"\n## {model}: {FORMATS.get(name, name)}\n\n{table(chosen)}")
+        print(f"\n## {model}: the best of each side\n\n{summary(mine)}")
         plot([row for row in mine if row.form in FORMATS], work / f"{model}.png")
         print(f"\nplot: {work / f'{model}.png'}")
     if len(models) > 1:
@@ -360,7 +390,7 @@ def write_book(rows: list[Row], path: Path) -> None:
     """Put the tables of the first model between the marks of the recipe book, and its plot beside it."""
     model = rows[0].model
     mine = [row for row in rows if row.model == model]
-    parts = []
+    parts = [summary(mine)]
     for name in FORMATS:
         chosen = sorted((r for r in mine if r.form == name), key=lambda r: np.mean(r.kl))
         if chosen:

@@ -5,7 +5,7 @@
     nvfp4/rtn@layer2         only layer 2 is encoded
 
 BASE is a shipped recipe or one of BASES, STEP a step of mojax or one of STEPS; `gradients` among the steps
-stands for the backward pass.
+stands for the backward pass. `source` is the model as it is.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _cache(**said: Any) -> dict[str, Any]:
 BASES: dict[str, dict[str, Any]] = {
     "int4_g32": _numerics({"format": "int4", "group": 32}, "none"),
     "nvfp4_hadamard": _numerics("nvfp4", "nvfp4", hadamard=16),
-    "int4_hadamard": _numerics({"format": "int4", "group": 32}, "none", hadamard=32),
-    "none": {"rules": [{"match": "*", "weights": "keep"}]},
+    "int4_hadamard128": _numerics({"format": "int4", "group": 32}, "none", hadamard=128),
+    "mxfp4_hadamard128": _numerics("mxfp4", "mxfp4", hadamard=128),
     "kv_fp8": _cache(format="fp8"),
     "kv_nvfp4": _cache(format="nvfp4"),
     "kv_fp8k_nvfp4v": _cache(k="fp8", v="nvfp4"),

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+PACKAGE = Path(__file__).resolve().parents[3]
+
 
 def summary(kl: Any, same: Any, nll_source: Any, nll: Any) -> dict[str, Any]:
     """Figures of one model.
@@ -40,6 +42,15 @@ def digest(model: Path) -> str:
     """Of the weights of a model folder, so that results of another model of the same name are not taken."""
     found = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def sources() -> str:
+    """Of the package as it lies there: its results are its own."""
+    found = hashlib.sha256()
+    roots = [PACKAGE / name for name in ("mojax", "transforms", "converters", "kernels", "recipes")]
+    for path in sorted(p for root in roots for end in ("*.py", "*.yaml") for p in root.rglob(end)):
         found.update(path.read_bytes())
     return found.hexdigest()[:12]
 
