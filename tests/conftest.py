@@ -1,23 +1,12 @@
 """Strict JAX for every test: no silent dtype or rank promotion, warnings are errors."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-# What one worker of xdist compiled, the others load: most of the time is XLA's.
-# It lasts for this session; with JAX_COMPILATION_CACHE_DIR set it stays, and the next one starts from it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mojax-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -40,6 +29,5 @@ def _forget_compiled():
 
 def pytest_runtest_setup(item):
     """`JAX_PLATFORMS=cuda,cpu pytest -m gpu` on a machine with a GPU."""
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a command that a test kills leaves half of a file
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("no GPU: JAX_PLATFORMS=cuda,cpu pytest -m gpu, where there is one")
