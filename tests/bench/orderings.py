@@ -83,8 +83,8 @@ def claims() -> list[Claim]:
         found.append(Claim("E5", ("S", scaled), ("C", scaled), 1.25))
     for base in ("nvfp4", "mxfp4", "int4", "int8_static"):
         found.append(Claim("E5", ("C", f"{base}/rtn"), ("S", f"{base}/rtn"), 1 / 4))
-    # outliers that rotation undoes
-    for turned in ("int4_hadamard128/rtn", "mxfp4_hadamard128/rtn", "mxfp4_hadamard128/gptq"):
+    # outliers that a rotation of the whole stream undoes
+    for turned in ("int4_hadamard256/rtn", "mxfp4_hadamard256/rtn", "mxfp4_hadamard256/gptq"):
         found.append(Claim("E6", ("R", turned), ("C", turned), 1.15))
     for plain in ("int4_g32/rtn", "int4_g32/awq+rtn", "mxfp4/rtn", "mxfp4/awq+rtn"):
         found.append(Claim("E6", ("C", plain), ("R", plain), 1 / 1.5))

@@ -28,8 +28,8 @@ def _cache(**said: Any) -> dict[str, Any]:
 BASES: dict[str, dict[str, Any]] = {
     "int4_g32": _numerics({"format": "int4", "group": 32}, "none"),
     "nvfp4_hadamard": _numerics("nvfp4", "nvfp4", hadamard=16),
-    "int4_hadamard128": _numerics({"format": "int4", "group": 32}, "none", hadamard=128),
-    "mxfp4_hadamard128": _numerics("mxfp4", "mxfp4", hadamard=128),
+    "int4_hadamard256": _numerics({"format": "int4", "group": 32}, "none", hadamard=256),
+    "mxfp4_hadamard256": _numerics("mxfp4", "mxfp4", hadamard=256),
     "kv_fp8": _cache(format="fp8"),
     "kv_nvfp4": _cache(format="nvfp4"),
     "kv_fp8k_nvfp4v": _cache(k="fp8", v="nvfp4"),
