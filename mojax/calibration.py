@@ -20,7 +20,7 @@ from mojax.experts import listed
 from mojax.model import Model
 from mojax.models.layers import Block
 from mojax.program import Program, embed
-from mojax.threads import each
+from mojax.threads import flow
 
 
 class Statistic(NamedTuple):
@@ -153,6 +153,18 @@ class Stats(dict[str, dict[str, Any]]):
                 mine[key] = merge(key, mine[key], value) if key in mine else value
         return out
 
+    def add(self, other: Mapping[str, Mapping[str, Any]]) -> None:
+        """The same in place, array by array: for sums that are as large as a batch's."""
+        for name, values in other.items():
+            mine = self.setdefault(name, {})
+            for key, value in values.items():
+                if key not in mine:
+                    mine[key] = np.array(value)
+                elif key in (*SUMS, "gram"):
+                    np.add(mine[key], np.asarray(value), out=mine[key])
+                else:
+                    mine[key] = merge(key, mine[key], value)
+
     def save(self, path: str | Path) -> None:
         """One safetensors file; tensor names are `<weight>.<statistic>`."""
         flat = {f"{n}.{k}": np.asarray(v) for n, values in self.items() for k, v in values.items()}
@@ -266,7 +278,8 @@ def calibrate_block(
         return y, {name: {k: np.asarray(v) for k, v in values.items()} for name, values in taps.items()}
 
     out, merged = [], Stats()
-    for y, taps in [run(xs[0]), *each(run, xs[1:])]:  # the first alone, so that it is compiled once
-        out.append(y)
-        merged = merged.merge(taps)
+    for part in (xs[:1], xs[1:]):  # the first alone, so that it is compiled once
+        for y, taps in flow(run, part):
+            out.append(y)
+            merged.add(taps)
     return out, Stats({name: dict(merged[leader[n:]]) for name, leader in groups.items()})

@@ -25,7 +25,7 @@ from mojax.model import Model
 from mojax.models.layers import Block
 from mojax.plans import READS
 from mojax.program import Program, run_block
-from mojax.threads import each
+from mojax.threads import each, flow
 
 WHOLE = 1024  # G is one block up to so many output rows
 ROWS = 128  # and in diagonal blocks of so many above
@@ -99,12 +99,17 @@ def _back(
         felt = {w: sum(np.asarray(r[2][w]) for r in results) / len(gs) for w in names}
         return [r[0] for r in results], grams, felt
 
-    pairs = list(zip(xs, slopes, strict=True))
-    results = [run(pairs[0]), *each(run, pairs[1:])]  # the first alone, so that it is compiled once
-    for w in names:
-        found.output_gram[block.prefix + w] = functools.reduce(np.add, (grams[w] for _, grams, _ in results))
-        found.tokens[block.prefix + w] = [felt[w] for _, _, felt in results]
-    return [before for before, _, _ in results]
+    pairs, slopes_before = list(zip(xs, slopes, strict=True)), []
+    for part in (pairs[:1], pairs[1:]):  # the first alone, so that it is compiled once
+        for before, grams, felt in flow(run, part):
+            slopes_before.append(before)
+            for w in names:
+                found.tokens.setdefault(block.prefix + w, []).append(felt[w])
+                if block.prefix + w in found.output_gram:
+                    found.output_gram[block.prefix + w] += grams[w]
+                else:
+                    found.output_gram[block.prefix + w] = np.array(grams[w])
+    return slopes_before
 
 
 def _wide(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ The experts or layers of a leaf are matrices of their own.
 
 from __future__ import annotations
 
+import collections
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from mojax.errors import NotFiniteError
 from mojax.formats.base import Format, QTensor
 from mojax.formats.leaf import canonical
 from mojax.formats.rows import common_rows, cut
-from mojax.rounding.objective import damped, value
+from mojax.rounding.objective import Factor, damped, factor, value
 from mojax.rounding.scales import Scales, encoded
 from mojax.threads import each
 from mojax.transforms.base import Context, Outcome, Params, Stats
@@ -49,6 +51,21 @@ class Leaf(NamedTuple):
         return QTensor(codes, scales, q.format, self.shape, q.dtype, self.contract, self.batch)
 
 
+class Shared:
+    """What matrices that read one input have in common, made once, by whoever needs it first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it was the first time."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+
 class Matrix(NamedTuple):
     """One matrix of an encoding step.
 
@@ -59,6 +76,7 @@ class Matrix(NamedTuple):
       scales: of the step before, else the format's own.
       q: what the step before made of it, `[out, in]`; None where this is the first.
       stats: of this matrix's inputs.
+      shared: with the matrices whose "gram" is the same array; None: with none.
     """
 
     name: str
@@ -68,6 +86,7 @@ class Matrix(NamedTuple):
     scales: Scales
     q: QTensor | None
     stats: Mapping[str, Any]
+    shared: Shared | None = None
 
     @property
     def values(self) -> jax.Array:
@@ -86,9 +105,20 @@ class Matrix(NamedTuple):
         Args:
           damping: share of the mean diagonal that is added, more for few tokens.
         """
-        h = damped(jnp.asarray(self.stats["gram"]), self.tokens or None, damping)
+        h = self._once(
+            ("damped", damping),
+            lambda: damped(jnp.asarray(self.stats["gram"]), self.tokens or None, damping),
+        )
         g = self.stats.get("output_gram")
         return h, None if g is None else damped(jnp.asarray(g), None, damping)
+
+    def columns(self, damping: float, falling: bool = True) -> Factor:
+        """The factor of H of `objective(damping)`; see `mojax.rounding.objective.factor`."""
+        h = self.objective(damping)[0]
+        return self._once(("factor", damping, falling), lambda: factor(h, falling))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        return make() if self.shared is None else self.shared.once(key, make)
 
     @property
     def seen(self) -> bool:
@@ -152,12 +182,19 @@ def encode(
     """
     found = leaves(context.targets, context)
     work = [(g, i) for g in groups(context) for i in range(len(found[g[0]].matrices))]
+    same = {n: id(stats[n]["gram"]) if "gram" in stats.get(n, {}) else n for n in found}
+    left = collections.Counter((same[n], i) for group, i in work for n in group)
+    shared = {key: Shared() for key in left}
 
     def run(item: tuple[tuple[str, ...], int]) -> dict[str, tuple[QTensor, Solved]]:
         group, i = item
         made = {}
         for m in _matrices(found, group, i, params, stats, context, outer):
-            solved = solve(m)
+            key = same[m.name], i
+            solved = solve(m._replace(shared=shared[key]))
+            left[key] -= 1
+            if not left[key]:
+                shared.pop(key, None)
             if solved.values is None:
                 q = m.format.encode_as(jnp.asarray(m.w), solved.scales)
             else:

@@ -266,7 +266,7 @@ def _write_unit(writer: Writer, unit: Unit, block: Block | None, stream: Stream 
     params = unit_params(writer.model, unit)
     did: list[Outcome] = []
     if block is not None and stream is not None:
-        changed, stats = stream.make(block, did.append)
+        changed, stats = stream.make(block, did.append, large=False)
         counts = calibration.tokens_per_expert(stats)
     else:
         changed, counts = transform(writer.plan, block, params, {}, log=did.append), {}

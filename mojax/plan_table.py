@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mojax import memory
 from mojax.plans import Plan, Row
 
 
@@ -68,7 +69,8 @@ def totals(plan: Plan) -> str:
             f"{data}",
             f"disk {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; "
             f"{plan.bits_per_weight:.2f} bits per weight, {quantized or 0:.2f} of those quantized",
-            f"memory, about: {_size(plan.memory(tokens))} and what JAX itself needs (0.3 GB on a CPU)",
+            f"memory, about: {_size(memory.expected(plan, tokens))} and what JAX itself needs "
+            "(0.3 GB on a CPU)",
         ]
     )
 

@@ -127,6 +127,14 @@ class Plan:
         later = (need in SEQUENTIAL and not (need == "gram" and gradients) for need in self.encoding.needs)
         return bool(self.tuning) or any(later)
 
+    @property
+    def sourced(self) -> bool:
+        """Whether anything looks at activations of the source while blocks are encoded."""
+        seen = ("gram", "seen_gram", "count")
+        gradients = "gram" in self.encoding.needs and self.recipe.calibration.gradients
+        needs = self.watched or [need for need in self.encoding.needs if need not in seen]
+        return bool(needs or self.tuning or gradients) or not self.sequential
+
     def stages(self, block: Block | None) -> tuple[tuple[str, ...], ...]:
         """The weights to encode, as groups that the encoding steps are called with, one after the other.
 
@@ -196,11 +204,3 @@ class Plan:
             if (s.op in READS and wanted) or (s.op == "cache" and calibrated):
                 out[s.weight] = first.setdefault(s.group, s.weight)
         return out
-
-    def memory(self, tokens: int) -> int:
-        """Bytes to expect: the largest block three times (experts five), activations of `tokens` twice."""
-        size: dict[str, int] = {}
-        for r in self.rows:  # experts are stacked and decoded whole
-            size[r.block] = size.get(r.block, 0) + r.before * (5 if experts.starred(r.name) else 3)
-        hidden = max((r.shape[-1] for r in self.rows if r.role == "embedding"), default=0)
-        return max(size.values()) + 2 * tokens * hidden * 4

@@ -84,10 +84,15 @@ def simulated(program: Program, fn: Callable[..., Any]) -> Callable[..., Any]:
 Look = Callable[[interpret.Place, Callable[[], Any]], Any]
 
 
-def watched(program: Program, fn: Callable[..., Any], look: Look | None) -> Callable[..., Any]:
+def watched(
+    program: Program, fn: Callable[..., Any], look: Look | None, known: Mapping[str, jax.Array] | None = None
+) -> Callable[..., Any]:
     """`simulated`, but `g(params, *args) -> (y, taps)`; `look(place, rounded)` gives the tap of a place.
 
     `rounded()` is the input of the place as its operation gets it.
+
+    Args:
+      known: inputs of weights that are known already, as `Place.x`; nothing before them is computed.
     """
     inputs, turns = dict(program.inputs), dict(program.rotated)
 
@@ -103,18 +108,33 @@ def watched(program: Program, fn: Callable[..., Any], look: Look | None) -> Call
             tap = look(place, lambda: simulate.round_input(inputs[module], place, amax)) if look else None
             return simulate.rounded(inputs[module], place, amax), tap
 
+        def resumed(place: interpret.Place) -> tuple[Any, Any]:
+            x = known.get(place.name) if known and place.op == "dot" else None
+            if x is None or x.shape != place.x.shape or x.dtype != place.x.dtype:
+                return quantize(place)
+            own = place.run
+
+            held = x
+
+            def run(x: Any = None, w: Any = None, rounding: Any = None) -> jax.Array:
+                return own(held if x is None else x, w, rounding)
+
+            y, tap = quantize(place._replace(x=held, run=run))
+            return run() if y is None else y, tap
+
         def plain(weights: Mapping[str, Any], *args: Any) -> Any:
             return fn(program.config, weights, *args)
 
         weights = {name: leaf for name, leaf in params.items() if not name.endswith((INPUT, MEAN))}
         if (
             look
+            or known
             or inputs
             or turns
             or any(isinstance(leaf, QTensor) for leaf in weights.values())
             or any(map(experts.starred, weights))  # the interpreter's product of groups is faster
         ):
-            return interpret.intercept(plain, quantize)(weights, *args)
+            return interpret.intercept(plain, resumed)(weights, *args)
         return plain(weights, *args), {}
 
     return call

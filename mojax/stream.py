@@ -16,24 +16,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mojax import calibration, checkpoint, interpret
-from mojax.calibration import ENCODE, SEQUENTIAL, STATISTICS, Stats, calibrate_block, product, rows_of
-from mojax.compile import jit
+from mojax import calibration, checkpoint
+from mojax.calibration import ENCODE, Stats, calibrate_block
 from mojax.errors import NotFiniteError
 from mojax.gradients import Gradients, gradients
+from mojax.inputs import OWN, Held, observe, through
 from mojax.kernels.hadamard import hadamard
 from mojax.model import Lazy, Model
 from mojax.models.layers import Block
 from mojax.plans import READS, Plan
-from mojax.program import INPUT, Program, block_of, cache_scales, run_block, simulated, watched
-from mojax.threads import MOST, each
+from mojax.program import INPUT, Program, block_of, cache_scales, simulated
+from mojax.threads import flow
 from mojax.transforms.base import Context, Outcome, Passage
 from mojax.transforms.rtn import static_maximum
 
-LARGE = ("gram", "seen_gram", "drift", "sample")  # statistics that are not kept for blocks to come
+LARGE = (
+    "gram",
+    "seen_gram",
+    "drift",
+    "sample",
+    "output_gram",
+)  # statistics that are not kept for blocks to come
 Observe = Callable[[tuple[str, ...], Mapping[str, Any]], Mapping[str, Mapping[str, Any]]]
 
 
@@ -136,8 +141,14 @@ class Stream:
                 migrated, tokens, draws=draws, seed=plan.recipe.calibration.seed, weights=weights
             )
 
-    def make(self, block: Block, log: Callable[[Outcome], None] = lambda outcome: None) -> Made:
-        """Transform the next block, and go on to the one after it."""
+    def make(
+        self, block: Block, log: Callable[[Outcome], None] = lambda outcome: None, large: bool = True
+    ) -> Made:
+        """Transform the next block, and go on to the one after it.
+
+        Args:
+          large: keep the statistics that are matrices too, for who asks for them.
+        """
         params = {n: self.model.params[n] for n in self.model.params if n.startswith(block.prefix)}
         out = None
         if block.prefix in self._ready:
@@ -150,24 +161,26 @@ class Stream:
             context = self.plan.context(block)._replace(log=log)
             leaves = dict(self.plan.migration.apply(params, stats, context))
         plain, taken = {**params, **leaves}, self._rotated_maxima(block, {**params, **leaves})
-        stats = Stats(stats | taken)
+        stats, held = Stats((stats if large else _small(stats)) | taken), Held()
 
         def observe(weights: tuple[str, ...], now: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-            seen = self._observe(block, stats, plain, weights, now)
-            taken.update({w + ENCODE: values for w, values in seen.items() if self.plan.encoding.needs})
+            seen = self._observe(block, stats, plain, weights, now, held)
+            if self.plan.encoding.needs:
+                taken.update({w + ENCODE: v for w, v in (seen if large else _small(seen)).items()})
             return seen
 
         leaves |= encode(self.plan, block, plain, stats, observe, log)
         if self.plan.tuning:
-            out = out or _through(self.model.program(block), self.model.local(block), self.source)
+            out = out or through(self.model.program(block), self.model.local(block), self.source)
             leaves |= self._tune(block, plain, {**params, **leaves}, out, log)
-        self._advance(block, out, {**params, **leaves})
+            held = Held()  # of weights that were changed since
+        self._advance(block, out, {**params, **leaves}, held)
         self._forget(block)
         return Made(leaves, Stats(stats | taken))
 
     def skip(self, block: Block, leaves: Mapping[str, Any]) -> None:
         """Go on past a block that was finished before: `leaves` as it was written."""
-        self._advance(block, None, leaves)
+        self._advance(block, None, leaves, Held())
         self._forget(block)
 
     def _forget(self, block: Block) -> None:
@@ -195,10 +208,7 @@ class Stream:
             leaves = dict(self.plan.migration.apply(params, stats, context))
             kept = _kept(scratch, block, leaves)
             if scratch is not None:  # in memory they are all returned
-                small = {
-                    n: {k: v for k, v in values.items() if k not in LARGE} for n, values in stats.items()
-                }
-                stats = Stats(small)
+                stats = _small(stats)
             self._ready[block.prefix] = kept, stats, said
             made |= {n: functools.partial(kept.__getitem__, n) for n in kept}
             assert out is not None
@@ -213,7 +223,7 @@ class Stream:
         schemes = self.plan.context(block).schemes.items()
         static = [(m, s) for m, s in schemes if s.hadamard and s.inputs is not None and s.inputs.static]
         weights = tuple(m + ".weight" for m, _ in static)
-        found = self._observe(block, Stats(), plain, weights, plain, ("absmax", "count"))
+        found = self._observe(block, Stats(), plain, weights, plain, None, ("absmax", "count"))
         return Stats({w + ENCODE: values for w, values in found.items()})
 
     def _observe(
@@ -223,12 +233,14 @@ class Stream:
         plain: Mapping[str, Any],
         weights: tuple[str, ...],
         params: Mapping[str, Any],
+        held: Held | None = None,
         needs: tuple[str, ...] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """What the encoding steps need of the inputs of `weights`.
 
         Args:
           stats: taken before any step; plain: the block's leaves after its migration; params: those now.
+          held: what is known of the weights before them; these are added.
           needs: other statistics than those.
         """
         needs = self.plan.encoding.needs if needs is None else needs
@@ -255,24 +267,33 @@ class Stream:
         programs = self.model.program(block), self._encoded().program(block)
         shape = tuple((leader[n:], tuple(w[n:] for w in members)) for leader, members in groups.items())
         tokens = {w[n:]: self._gradients.tokens[w] for w in watched if w in self._gradients.tokens}
+        first_stage = held is None or set(weights) & set(self.plan.stages(block)[0])
+        kept = () if first_stage else tuple(leader for leader, _ in shape)
+        total, inputs = Stats(), []
 
-        def run(i: int) -> dict[str, dict[str, np.ndarray]]:
+        def run(i: int) -> tuple[Any, Any]:
             weighted = {w: v[i] for w, v in tokens.items()}
+            known = held.of(i) if held else ({}, {})
             pair = self.source[i], self.seen[i]
-            taken = observe(*programs, needs, shape, whole, device, *pair, weighted)
-            return {w: {k: np.asarray(v) for k, v in values.items()} for w, values in taken.items()}
+            taken, xs = observe(*programs, needs, shape, kept, whole, device, *pair, weighted, known)
+            return {w: {k: np.asarray(v) for k, v in values.items()} for w, values in taken.items()}, xs
 
-        merged = Stats()
-        merged = merged.merge(run(0))  # alone, so that it is compiled once
-        for start in range(1, len(self.source), MOST):  # a matrix a batch: not all of them at once
-            for taken in each(run, range(start, min(start + MOST, len(self.source)))):
-                merged = merged.merge(taken)
-        for w in watched:
-            values = merged[w[n:]]
-            _finite(w, values)
-            found[w] |= values
-            if w in self._gradients.output_gram:
-                found[w]["output_gram"] = self._gradients.output_gram[w]
+        batches = range(len(self.source))
+        for part in (batches[:1], batches[1:]):  # the first alone, so that it is compiled once
+            for taken, xs in flow(run, part):  # a matrix a batch: not all of them at once
+                total.add(taken)
+                inputs.append(xs)
+        for i, stream in enumerate((held.source, held.seen) if held else ()):
+            for leader, members in shape:
+                found_x = [xs[i][leader] for xs in inputs if leader in xs[i]]
+                stream.update({w: found_x for w in members} if found_x else {})
+        for leader, members in groups.items():
+            for w in members:
+                values = total[leader[n:]] | total.get(OWN + w[n:], {})
+                _finite(w, values)
+                found[w] |= values
+                if w in self._gradients.output_gram:
+                    found[w]["output_gram"] = self._gradients.output_gram[w]
         return found
 
     def _tune(
@@ -303,15 +324,17 @@ class Stream:
     def _encoded(self) -> Model:
         return dataclasses.replace(self.model, schemes=self.plan.schemes, cache=self.plan.cache)
 
-    def _advance(self, block: Block, out: list[jax.Array] | None, leaves: Mapping[str, Any]) -> None:
+    def _advance(
+        self, block: Block, out: list[jax.Array] | None, leaves: Mapping[str, Any], held: Held
+    ) -> None:
         """Both streams through the block; the other one with the leaves that it has now."""
-        before, n = self.source, len(block.prefix)
-        if out is None:
-            out = _through(self.model.program(block), self.model.local(block), before)
-        self.source = out
+        n = len(block.prefix)
+        if out is None and self.plan.sourced:
+            out = through(self.model.program(block), self.model.local(block), self.source)
         if self.plan.sequential:
             local = {name[n:]: leaf for name, leaf in leaves.items()}
-            self.seen = _through(self._encoded().program(block), local, self.seen)
+            self.seen = through(self._encoded().program(block), local, self.seen, held.seen)
+        self.source = self.seen if out is None else out
 
 
 class Whole(NamedTuple):
@@ -323,9 +346,9 @@ class Whole(NamedTuple):
         return simulated(self.program, block_of(self.program))(params, x, cache_scales(params))
 
 
-def _through(program: Program, params: Mapping[str, Any], xs: Sequence[Any]) -> list[jax.Array]:
-    run = functools.partial(run_block, program, jax.device_put(params))
-    return jax.block_until_ready([run(xs[0]), *each(run, xs[1:])])
+def _small(stats: Mapping[str, Mapping[str, Any]]) -> Stats:
+    """Those that are no matrices."""
+    return Stats({n: {k: v for k, v in values.items() if k not in LARGE} for n, values in stats.items()})
 
 
 def _kept(scratch: Path | None, block: Block, leaves: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -344,74 +367,3 @@ def _finite(weight: str, values: Mapping[str, Any]) -> None:
                 f"{weight}: its inputs are not finite during calibration; the model overflows in its own "
                 "dtype on this text, check the checkpoint or the text"
             )
-
-
-@jit(static_argnums=(0, 1, 2, 3))
-def observe(
-    source: Program,
-    encoded: Program,
-    needs: tuple[str, ...],
-    groups: tuple[tuple[str, tuple[str, ...]], ...],
-    plain: Mapping[str, Any],
-    params: Mapping[str, Any],
-    x: Any,
-    seen: Any,
-    tokens: Mapping[str, Any],
-) -> dict[str, dict[str, jax.Array]]:
-    """Statistics of the inputs of some weights of a block, in both streams; rotated where they are to be.
-
-    Args:
-      source, encoded: the block as it is, and with encoded weights and rounded inputs.
-      groups: a weight whose input is observed, and the weights that read the same; names in the block.
-      plain, params: leaves for the two programs; those of `plain` are in full precision.
-      x, seen: the block's input in the two streams, `[batch, length, hidden]`.
-      tokens: by weight, what every token's error counts ("gram" is then of the source's inputs); else empty.
-    """
-    leaders = tuple(leader for leader, _ in groups)
-    sequential = [need for need in needs if need in SEQUENTIAL and not (need == "gram" and tokens)]
-    a = _inputs(source, leaders, plain, x)
-    for module, block in encoded.rotated:
-        if (leader := module + ".weight") in a:
-            rows, sizes = a[leader]
-            a[leader] = hadamard(rows, block=block, implementation="xla"), sizes
-    b = _inputs(encoded, leaders, params, seen) if sequential else a
-    found: dict[str, dict[str, jax.Array]] = {}
-    for leader, weights in groups:
-        (rows, sizes), (after, after_sizes) = a[leader], b[leader]
-        values = {n: _take(n, rows, sizes) for n in needs if n in STATISTICS and n != "gram"}
-        if "gram" in needs and not tokens:
-            values["gram"] = _take("gram", after, after_sizes)
-            if "count" in needs:  # of the tokens in it: the streams may route differently
-                values["count"] = _take("count", after, after_sizes)
-        if "seen_gram" in needs:
-            values["seen_gram"] = _take("gram", after, after_sizes)
-        if "drift" in needs and sizes is None and rows.ndim == 2:
-            values["drift"] = product(rows - after, after)
-        for w in weights:
-            felt = {}
-            if "gram" in needs and tokens:
-                # Rows of experts were sorted in another arithmetic there, so their tokens count alike.
-                weighed = rows * jnp.sqrt(tokens[w])[:, None] if sizes is None else rows
-                felt["gram"] = _take("gram", weighed, sizes)
-            found[w] = values | felt
-    return found
-
-
-def _inputs(
-    program: Program, leaders: Sequence[str], params: Mapping[str, Any], x: Any
-) -> dict[str, tuple[jax.Array, jax.Array | None]]:
-    """The inputs of some weights of a block, float32 `[tokens, in]`, and the sizes of groups, if any."""
-
-    def look(place: interpret.Place, rounded: Callable[[], Any]) -> Any:
-        if place.name not in leaders or place.op not in READS:
-            return None
-        return rows_of(place, rounded()), place.groups
-
-    return watched(program, block_of(program), look)(params, x, cache_scales(params))[1]
-
-
-def _take(need: str, rows: jax.Array, sizes: jax.Array | None) -> jax.Array:
-    statistic = STATISTICS[need]
-    if sizes is None:
-        return statistic.take(rows)
-    return statistic.take_groups(rows, sizes)

@@ -67,6 +67,8 @@ def test_a_block_is_encoded_input_after_input_and_sees_what_became_of_it(model, 
     assert np.abs(second[1][o]["drift"]).max() > 0
     assert isinstance(second[2][q], QTensor) and not isinstance(second[2][o], QTensor)
     assert int(second[1][o]["count"]) == tokens.size
+    k, v = q.replace("q_proj", "k_proj"), q.replace("q_proj", "v_proj")
+    assert all(first[1][q][need] is first[1][w][need] for w in (k, v) for need in ("gram", "drift", "absmax"))
 
 
 def test_drift_and_grams_are_sums_over_both_streams(model, tokens):

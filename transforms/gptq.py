@@ -49,7 +49,7 @@ def solve(m: Matrix, *, damping: float, act_order: bool) -> Solved:
         return unchanged(m, f"{m.tokens} tokens are too few for {width} inputs, so it is rounded to nearest")
     note = f"{m.tokens} tokens for {width} inputs: more damping" if 0 < m.tokens < 8 * width else ""
     h, g = m.objective(damping)
-    columns, rows = factor(h, act_order), None if g is None else factor(g, act_order)
+    columns, rows = m.columns(damping, act_order), None if g is None else factor(g, act_order)
     if int(columns.raised) == HOPELESS:
         return unchanged(m, "the sums of its inputs have no Cholesky factor, so it is rounded to nearest")
     w = jnp.asarray(m.w).astype(jnp.float32)

@@ -21,12 +21,20 @@ from mojax.rounding.objective import damped, product
 from mojax.transforms.base import Context, Params, Stats, Transform
 
 
-@jit()
 def solve(w: jax.Array, drift: jax.Array, h: jax.Array, strength: Any) -> jax.Array:
     """The corrected weight, float32 `[out, in]`; `h` is damped."""
+    return _corrected(w, drift, _cholesky(h), strength)
+
+
+@jit()
+def _cholesky(h: jax.Array) -> jax.Array:
+    return jax.scipy.linalg.cho_factor(h, lower=True)[0]
+
+
+@jit()
+def _corrected(w: jax.Array, drift: jax.Array, lower: jax.Array, strength: Any) -> jax.Array:
     w = w.astype(jnp.float32)
-    factor = jax.scipy.linalg.cho_factor(h, lower=True)
-    return w + strength * jax.scipy.linalg.cho_solve(factor, product(w, drift).T).T
+    return w + strength * jax.scipy.linalg.cho_solve((lower, True), product(w, drift).T).T
 
 
 def qep(*, strength: float = 0.5, damping: float = 0.01) -> Transform:
@@ -44,12 +52,15 @@ def qep(*, strength: float = 0.5, damping: float = 0.01) -> Transform:
 
 def _apply(strength: float, damping: float, params: Params, stats: Stats, context: Context) -> Params:
     changed = {}
+    lower: dict[int, jax.Array] = {}  # weights of one input have one gram
     for name in (module + ".weight" for module in context.schemes):
         seen, w = stats.get(name, {}), context.targets[name]
         if "drift" not in seen or len(w.shape) != 2:
             continue  # experts: the two streams may route a token to different ones
-        h = damped(jnp.asarray(seen["seen_gram"]), float(np.asarray(seen["count"])), damping)
-        new = solve(jnp.asarray(w), jnp.asarray(seen["drift"]), h, jnp.float32(strength))
+        if (of := id(seen["seen_gram"])) not in lower:
+            h = damped(jnp.asarray(seen["seen_gram"]), float(np.asarray(seen["count"])), damping)
+            lower = {of: _cholesky(h)}
+        new = _corrected(jnp.asarray(w), jnp.asarray(seen["drift"]), lower[of], jnp.float32(strength))
         if bool(jnp.all(jnp.isfinite(new))):
             changed[name] = np.asarray(new.astype(w.dtype))
     return changed

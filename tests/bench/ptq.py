@@ -1,12 +1,16 @@
 """The same post-training quantization in mojax, llm-compressor and ModelOpt: wall time, CPU time, memory, KL.
 
     python tests/bench/ptq.py --peers=FOLDER --work=FOLDER [--models=tiny] [--schemes=nvfp4] [--runs=5]
+    python tests/bench/ptq.py ... --models=100m --schemes=nvfp4/gptq,int4/gptq,int4/awq,nvfp4/mse,nvfp4/sweep
 
-`--peers` is the folder that make_envs.sh filled. Every run is a fresh process, as a user would start it:
-import, load, calibrate on the same 64 x 256 tokens, quantize, save. Tools take turns, so that a busy machine
-hurts all of them; every number is the minimum over the runs. CPU time is user + system and memory the peak
-resident size, both as the kernel counts them for the process and the children it waited for. mojax verifies
-what it wrote in that time; the peers do not.
+`--peers` is the folder that make_envs.sh filled. A scheme is a format, to nearest, or FORMAT/ALGORITHM: error
+feedback, activation-aware scales, and weight scales by least squares in both tools, each with its defaults.
+Every run is a fresh process, as a user would start it: import, load, calibrate on the same 64 x 256 tokens,
+quantize, save. Tools take turns, so that a busy machine hurts all of them; every number is the minimum over
+the runs. CPU time is user + system and memory the peak resident size, both as the kernel counts them for the
+process and the children it waited for. mojax verifies what it wrote in that time; the peers do not. Every run
+is a file in --work, so that another call goes on where this one was; those of mojax count for the sources
+that made them.
 """
 
 import argparse
@@ -22,11 +26,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from peers.quality_numbers import sources
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DATA = ROOT / "mojax" / "data"
-PEERS = {"llmcompressor": "peer_llmcompressor.py", "modelopt": "peer_modelopt.py"}
+PEERS = {"llmcompressor": "ptq_llmcompressor.py", "modelopt": "ptq_modelopt.py"}
 TOOLS = ("mojax", *PEERS)
+PLAIN = ("nvfp4", "fp8_dynamic", "int4")
+STEPS = {"gptq": "[gptq]", "awq": "[awq, rtn]", "mse": "[mse]", "sweep": "[sweep]"}
+ALGORITHMS = ("nvfp4/gptq", "int4/gptq", "int4/awq", "nvfp4/mse", "nvfp4/sweep")
 
 
 class Run(NamedTuple):
@@ -124,10 +133,16 @@ def measure(command: list[str], log: Path) -> Run:
 
 def command(tool: str, peers: Path, model: Path, tokens: Path, scheme: str, out: Path) -> list[str]:
     if tool == "mojax":
-        flags = [f"--model={model}", f"--recipe={scheme}", f"--calibration={tokens}", f"--out={out}"]
+        form, _, algorithm = scheme.partition("/")
+        recipe = form
+        if algorithm:
+            recipe = str(out.with_suffix(".yaml"))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            Path(recipe).write_text(f"extends: {form}\nsteps: {STEPS[algorithm]}\n")
+        flags = [f"--model={model}", f"--recipe={recipe}", f"--calibration={tokens}", f"--out={out}"]
         return [sys.executable, "-m", "mojax", "quantize", *flags, "--noevaluate"]
     python = peers / tool / "bin" / "python"
-    return [str(python), str(HERE / PEERS[tool]), str(model), str(tokens), scheme, str(out)]
+    return [str(python), str(HERE / "peers" / PEERS[tool]), str(model), str(tokens), scheme, str(out)]
 
 
 def divergence(out: Path, model: Path, work: Path) -> float:
@@ -140,34 +155,50 @@ def divergence(out: Path, model: Path, work: Path) -> float:
     return json.loads(result.stdout)["kl_mean"]
 
 
+def once(arguments, model: Path, scheme: str, tool: str, turn: int) -> dict:
+    """What one run took, or why it failed; of a file, if there is one of such a run."""
+    work, name = arguments.work, f"{model.name}-{scheme.replace('/', '-')}-{tool}"
+    version = f"-{sources()}" if tool == "mojax" else ""
+    path, out = work / "runs" / f"{name}{version}-{turn}.json", work / "out" / name
+    if path.exists():
+        return json.loads(path.read_text())
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(f"{out}.partial", ignore_errors=True)
+    line = command(tool, arguments.peers, model, work / "calibration.npz", scheme, out)
+    before = os.getloadavg()[0]
+    run = measure(line, work / f"{name}.log")
+    found = run._asdict() | {"load": [round(before, 2), round(os.getloadavg()[0], 2)]}
+    found["bytes"] = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".partial").write_text(json.dumps(found))
+    path.with_suffix(".partial").rename(path)
+    return found
+
+
 def compare(arguments, name: str, scheme: str) -> list[dict]:
     """All tools on one model and scheme, in turns -> one row per tool."""
     work = arguments.work
     model = DATA / "tiny" if name == "tiny" else work / name
-    rows = {tool: {"model": name, "scheme": scheme, "tool": tool, "runs": []} for tool in arguments.tools}
+    tools = [t for t in arguments.tools if t != "modelopt" or scheme in PLAIN]
+    rows = {tool: {"model": name, "scheme": scheme, "tool": tool, "runs": []} for tool in tools}
     for turn in range(arguments.runs):
         for tool, row in rows.items():
             if "failed" in row:
                 continue
-            out = work / "out" / f"{name}-{scheme}-{tool}"
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(f"{out}.partial", ignore_errors=True)
-            line = command(tool, arguments.peers, model, work / "calibration.npz", scheme, out)
             try:
-                run = measure(line, work / f"{name}-{scheme}-{tool}.log")
-                row["runs"].append(run._asdict())
-                row["bytes"] = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+                row["runs"].append(once(arguments, model, scheme, tool, turn))
             except (RuntimeError, OSError) as error:
                 row["failed"] = str(error)
                 print(f"{name} {scheme} {tool}: FAILED {error}", file=sys.stderr, flush=True)
-        load = os.getloadavg()[0]
-        seen = ", ".join(f"{t} {r['runs'][-1]['wall']:.1f} s" for t, r in rows.items() if "failed" not in r)
-        print(f"{name} {scheme} turn {turn + 1}: {seen}; load {load:.2f}", file=sys.stderr, flush=True)
+        done = {t: r["runs"][-1] for t, r in rows.items() if "failed" not in r}
+        seen = ", ".join(f"{t} {r['wall']:.1f} s, CPU {r['cpu']:.1f} s" for t, r in done.items())
+        print(f"{name} {scheme} turn {turn + 1}: {seen}", file=sys.stderr, flush=True)
     for tool, row in rows.items():
         if name != "tiny" or not arguments.evaluate or "failed" in row:
             continue
         try:
-            row["kl_mean"] = divergence(work / "out" / f"{name}-{scheme}-{tool}", model, work)
+            out = work / "out" / f"{model.name}-{scheme.replace('/', '-')}-{tool}"
+            row["kl_mean"] = divergence(out, model, work)
         except RuntimeError as error:
             row["failed"] = f"evaluate: {error}"
             print(f"{name} {scheme} {tool}: KL FAILED {error}", file=sys.stderr, flush=True)
@@ -191,7 +222,7 @@ def table(rows: list[dict]) -> str:
         for key, unit in (("wall", 1), ("cpu", 1), ("rss", 2**20)):
             value = values[key]
             cells.append("failed" if value is None else f"{value / unit:.{0 if unit > 1 else 1}f}")
-        cells.append(f"{row['bytes'] / 2**20:.1f}" if "bytes" in row else "")
+        cells.append(f"{row['runs'][0]['bytes'] / 2**20:.1f}" if row["runs"] else "")
         cells.append(f"{row['kl_mean']:.5f}" if "kl_mean" in row else "failed" if "failed" in row else "")
         for key, value in values.items():
             base = best(ours.get((row["model"], row["scheme"]), {"runs": []}), key)
@@ -217,12 +248,12 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, required=True, help="folder that make_envs.sh filled")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, outputs and logs")
     parser.add_argument("--models", default="tiny,100m")
-    parser.add_argument("--schemes", default="nvfp4,fp8_dynamic,int4")
+    parser.add_argument("--schemes", default=",".join(PLAIN))
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--noevaluate", dest="evaluate", action="store_false", help="no KL")
     arguments = parser.parse_args()
-    known = {"models": ("tiny", "100m"), "schemes": ("nvfp4", "fp8_dynamic", "int4"), "tools": TOOLS}
+    known = {"models": ("tiny", "100m"), "schemes": (*PLAIN, *ALGORITHMS), "tools": TOOLS}
     for flag, allowed in known.items():
         chosen = getattr(arguments, flag).split(",")
         if unknown := sorted(set(chosen) - set(allowed)):
@@ -237,13 +268,14 @@ def main() -> int:
     maker.join()
     if maker.exitcode:
         return 1
-    before = os.getloadavg()
     jobs = [(name, scheme) for name in arguments.models for scheme in arguments.schemes]
     rows = [row for job in jobs for row in compare(arguments, *job)]
     facts = {
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
-        "load before, after": [round(load[0], 2) for load in (before, os.getloadavg())],
+        "load, least and most": [
+            f([x for r in rows for run in r["runs"] for x in run["load"]], default=None) for f in (min, max)
+        ],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
         "runs": arguments.runs,
         **versions(rows),

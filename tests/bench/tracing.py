@@ -1,6 +1,6 @@
 """How long it takes to find the sites of a large model, and what running through the interpreter costs.
 
-    python tests/bench/trace.py
+    python tests/bench/tracing.py
 
 The model is a mixture of experts of 48 layers and 121 billion parameters, unrolled, given as shapes alone.
 The cost of the interpreter is the ratio of two compiled programs in one process: the function itself, and

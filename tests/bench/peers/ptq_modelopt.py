@@ -1,6 +1,6 @@
 """One quantization with NVIDIA ModelOpt as its documentation shows it; run by its own environment's python.
 
-    python peer_modelopt.py MODEL_DIR TOKENS.npz SCHEME OUT_DIR
+    python ptq_modelopt.py MODEL_DIR TOKENS.npz SCHEME OUT_DIR
 
 SCHEME is nvfp4 (calibrated on every row of `tokens`), fp8_dynamic or int4 (group 128); the last two need no
 data, so none is given. Prints one line of JSON: versions and the seconds of each phase.
