@@ -6,6 +6,8 @@ A dialect is a file here that says how one family of servers names and stores en
   SUFFIXES                                endings of tensors that exist only beside an encoded module
   parse, read, read_cache                 config.json and tensors -> schemes, QTensors, calibrated maxima
   check, check_cache, config, layout, write, write_cache     the way back
+  branch                                  names of the two tensors of a low-rank branch, if there can be one
+  ADAPTER                                 what begins their names, where they lie in a LoRA adapter
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from mojax import find
+from mojax.beside import dtype_of
 from mojax.cache import Cache
 from mojax.errors import InputError, nearest
 from mojax.formats import fp8
@@ -96,8 +100,7 @@ def plain(format: Format | None) -> Format | None:
 
 def plain_scheme(scheme: Scheme) -> Scheme:
     """The scheme with `plain` formats."""
-    weights, inputs, hadamard = scheme
-    return Scheme(plain(weights) or weights, plain(inputs), hadamard)
+    return scheme._replace(weights=plain(scheme.weights) or scheme.weights, inputs=plain(scheme.inputs))
 
 
 def as_read(format: Format | None, arithmetic: Arithmetic) -> Format | None:
@@ -118,7 +121,8 @@ def label(scheme: Scheme) -> str:
     """`fp8 channel weights with fp8 token inputs`: a scheme in a message."""
     inputs = f" with {kind(scheme.inputs)} inputs" if scheme.inputs else " with inputs as they are"
     turned = f" rotated by hadamard {scheme.hadamard}" if scheme.hadamard else ""
-    return f"{kind(scheme.weights)} weights{inputs}{turned}"
+    beside = f" beside a branch of rank {scheme.rank}" if scheme.rank else ""
+    return f"{kind(scheme.weights)} weights{inputs}{turned}{beside}"
 
 
 def rotation_refusal(dialect: str, scheme: Scheme, target: str, able: Collection[str] = ()) -> str | None:
@@ -163,6 +167,15 @@ def refusal(
         f"it has no loader for this pair; use {others or 'another recipe: no server loads it so'}"
     )
     return f"{target} cannot load {label(scheme)} in the {dialect} dialect: {reason}"
+
+
+def branch_layout(
+    names: tuple[str, str], shape: tuple[int, ...], dtype: Any, scheme: Scheme
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The two tensors of the branch beside a weight `[out, in]`: A `[r, in]`, B `[out, r]`; or none."""
+    shapes = ((scheme.rank, shape[1]), (shape[0], scheme.rank))
+    kept = dtype_of(dtype)
+    return {n: jax.ShapeDtypeStruct(s, kept) for n, s in zip(names, shapes, strict=True) if scheme.rank}
 
 
 def cache_kind(cache: Cache) -> str:

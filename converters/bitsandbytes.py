@@ -30,6 +30,7 @@ from mojax.converters.base import (
     label,
     nibbles,
     plain,
+    plain_scheme,
     refusal,
     rotation_refusal,
     section,
@@ -67,6 +68,11 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
     """
     if reason := rotation_refusal(DIALECT, scheme, target):
         return reason
+    if scheme.rank:
+        return (
+            f"{target} cannot load {label(scheme)} in the {DIALECT} dialect, which has no word for a "
+            "branch; use --format=compressed-tensors"
+        )
     if scheme.weights.name == "nf4" and plain(scheme.weights) != FORMAT:
         return f"{scheme.weights.label}: {_only_flat()}"
     if experts and scheme.weights.name == "nf4":
@@ -109,7 +115,7 @@ def config(
     """
     if cache:
         raise InputError(f"a key/value cache kept as {cache.label} has no form in {DIALECT}; {NO_CACHE}")
-    odd = next((s for s in schemes.values() if plain(s.weights) != FORMAT or s.inputs or s.hadamard), None)
+    odd = next((s for s in schemes.values() if plain_scheme(s) != Scheme(FORMAT)), None)
     if odd is not None:
         raise InputError(f"{label(odd)} have no form in the {DIALECT} dialect; use another --format")
     return {

@@ -353,8 +353,8 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 def side_files(folder: Path) -> list[Path]:
     """Every file of a model folder that an output must hold byte for byte, sorted; links are followed.
 
-    Not among them: weights in any format and their indexes, `.git`, `.cache`, `original`, and the top-level
-    `config.json` and `README.md`, which an output has of its own.
+    Not among them: weights in any format and their indexes, adapters, `.git`, `.cache`, `original`, and the
+    top-level `config.json` and `README.md`, which an output has of its own.
 
     Raises:
       InputError: a link that leads nowhere.
@@ -365,7 +365,9 @@ def side_files(folder: Path) -> list[Path]:
         inner[:] = [
             d
             for d in sorted(inner)
-            if d not in (".git", ".cache", "original") and os.path.realpath(Path(here, d)) not in seen
+            if d not in (".git", ".cache", "original")
+            and not Path(here, d, "adapter_config.json").exists()
+            and os.path.realpath(Path(here, d)) not in seen
         ]
         top = Path(here) == folder
         for name in names:

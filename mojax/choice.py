@@ -86,6 +86,11 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
             "out, or use mojax.optimize on a checkpoint"
         )
     for step in choice.steps:
+        if step.rank:
+            choice.problems.append(
+                f"steps: {step.name} puts a branch beside the linears of a checkpoint's model (mojax.load), "
+                "and functions run as they are; leave it out"
+            )
         if lost := [need for need in step.needs if need not in STATISTICS] or step.phase == "model":
             what = "rewrites" if lost is True else "looks at what was encoded before in"
             choice.problems.append(

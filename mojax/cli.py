@@ -133,13 +133,31 @@ def _differs(error: Any, out: str) -> int:
 
 
 def serve(out: str, target: str) -> str:
-    """How to serve the folder, for the last line."""
+    """How to serve the folder, for the last lines."""
+    if os.path.isfile(f"{out}/adapter/adapter_config.json"):
+        return _serve_both(out, target)
     return {
         "vllm": f"vllm serve {out}",
         "sglang": f"python -m sglang.launch_server --model-path {out}",
         "trtllm": f"trtllm-serve {out}",
         "transformers": f"AutoModelForCausalLM.from_pretrained({out!r})",
     }[target]
+
+
+def _serve_both(out: str, target: str) -> str:
+    """The same of a checkpoint whose low-rank branches are a LoRA adapter in its folder."""
+    with open(f"{out}/adapter/adapter_config.json") as file:
+        rank = json.load(file)["r"]
+    most = next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)
+    served = {
+        "vllm": f"vllm serve {out} --enable-lora --max-lora-rank {most} --lora-modules svd={out}/adapter",
+        "sglang": f"python -m sglang.launch_server --model-path {out} --enable-lora --max-lora-rank {most} "
+        f"--lora-paths svd={out}/adapter",
+        "transformers": f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({out!r}), "
+        f"'{out}/adapter')",
+    }[target]
+    asked = "" if target == "transformers" else "; ask for the model svd"
+    return f"its low-rank branches are the adapter {out}/adapter, to be served with it{asked}\n{served}"
 
 
 def plan(f: Flags, words: list[str]) -> int:

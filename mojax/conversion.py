@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mojax import experts, find, pipeline, verify
+from mojax import beside, experts, find, pipeline, verify
 from mojax.converters import base as dialects
 from mojax.errors import InputError, PlanError
 from mojax.formats.base import QTensor
@@ -79,11 +79,13 @@ def as_plan(model: Model, target: ModuleType) -> Plan:
     servers = list(TARGETS)
     encodable = set(linears(model, model.params))
     for name in model.params:
-        if name.endswith(INPUT):
+        if name.endswith((INPUT, *beside.LEAVES)):
             continue
         scheme = model.schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         leaf = model.params[name]
         size = sum(a.nbytes for a in ([leaf.codes, *leaf.scales.values()] if scheme else [leaf]))
+        if scheme is not None and scheme.rank:
+            size += sum(model.params[n].nbytes for n in beside.leaves(name.removesuffix(".weight")))
         if scheme is not None:
             refusals = {
                 server: target.check(scheme, server, None, experts.starred(name)) for server in TARGETS

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mojax import beside
 from mojax.checkpoint import read_json
 from mojax.compile import jit
 from mojax.experts import expand, rows, starred
@@ -47,15 +48,36 @@ def weight_errors(out: Model, source: Model) -> dict[str, float]:
         encoded = {name: out.params[name] for name in names}
         weights: dict[str, Any] = {name: source.params[name] for name in names}
         turns = {name: out.schemes[name.removesuffix(".weight")].hadamard for name in names}
+        low = {name: branch for name in names if (branch := _branch(out, name)) is not None}
         if prefix in moved:
-            weights = smoothed(weights, encoded, source.params, out.params, moved[prefix], turns)
+            weights = smoothed(weights, encoded, source.params, out.params, moved[prefix], turns, low)
         weights = {name: turned(w, turns[name]) for name, w in weights.items()}
+        low = {name: turned(branch, turns[name]) for name, branch in low.items()}
         height = common_rows([q.shape for q in encoded.values()])
         errors = each(
-            lambda name, e=encoded, w=weights, r=height: relative_error(e[name], w[name], r), encoded
+            lambda name, e=encoded, w=weights, b=low, r=height: beside_error(
+                e[name], w[name], b.get(name), r
+            ),
+            encoded,
         )
         found |= dict(zip(encoded, errors, strict=True))
     return found
+
+
+def _branch(out: Model, name: str) -> np.ndarray | None:
+    """B A of the branch beside a weight, float32 `[out, in]`; None where there is none."""
+    found = beside.branch(out.params, name.removesuffix(".weight"))
+    return None if found is None else np.asarray(beside.product(*found))
+
+
+def beside_error(q: QTensor, w: Any, branch: Any, rows: int) -> float:
+    """`relative_error` of a weight that is the sum of `q` and a branch, float32 `[out, in]`, or `q` alone."""
+    if branch is None:
+        return relative_error(q, w, rows)
+    wide = np.asarray(w).astype(np.float32)
+    rest = wide - branch
+    norms = [float(np.linalg.norm(x)) for x in (rest, wide)]
+    return relative_error(q, rest, rows) * (norms[0] / norms[1]) if norms[0] and norms[1] else 0.0
 
 
 def turned(w: Any, block: int) -> Any:
@@ -166,18 +188,20 @@ def smoothed(
     after: Mapping[str, Any],
     folds: Sequence[Fold],
     turns: Mapping[str, int] = MappingProxyType({}),
+    low: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The source's weights with the per-channel scales that the output folded, so that only rounding is left.
 
     A gain gives its scales as before / after; a linear (`up` before `down`) by least squares over its row.
-    `turns`: the orders of the blocks by which encoded weights were rotated after the folding.
+    `turns`: the orders of the blocks by which encoded weights were rotated after the folding; `low`: the
+    branches B A beside weights.
     """
     out = {n: np.asarray(w, np.float32) for n, w in weights.items()}
     for fold in sorted(folds, key=lambda fold: fold.producer in encoded):
         producer = fold.producer
         if producer in encoded:
             mine = turned(encoded[producer].format.decode(encoded[producer]), turns.get(producer, 0))
-            mine = np.asarray(mine)  # turned back: H H = 1
+            mine = np.asarray(mine) + low.get(producer, np.float32(0))  # turned back: H H = 1
             full = out[producer]
             square = np.sum(mine * mine, axis=1)
             scale = np.where(square > 0, np.sum(full * mine, axis=1) / np.where(square > 0, square, 1), 1)

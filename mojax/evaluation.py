@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mojax import beside
 from mojax.calibration import batches, start
 from mojax.checkpoint import Checkpoint
 from mojax.compile import jit
@@ -235,6 +236,7 @@ def quantized_bits(model: Model) -> float | None:
     for module in model.schemes:
         leaf = model.params[module + ".weight"]  # one at a time: some are copies
         size, count = size + leaf.nbytes, count + int(np.prod(leaf.shape))
+        size += sum(a.nbytes for a in beside.branch(model.params, module) or ())
     return 8 * size / count if count else None
 
 

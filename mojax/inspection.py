@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mojax.beside import LEAVES
 from mojax.converters import base as dialects
 from mojax.errors import InputError
 from mojax.evaluation import quantized_bits
@@ -55,7 +56,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
 
 def _parameters(model: Model) -> int:
     """How many numbers the model has when nothing is encoded."""
-    return sum(int(np.prod(model.params[n].shape)) for n in model.params if not n.endswith(INPUT))
+    return sum(int(np.prod(model.params[n].shape)) for n in model.params if not n.endswith((INPUT, *LEAVES)))
 
 
 def _formats(model: Model) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import checkpoint, experts, find, trace
+from mojax import beside, checkpoint, experts, find, trace
 from mojax.cache import Cache
 from mojax.compile import jit
 from mojax.errors import InputError, PlanError, nearest
@@ -61,7 +61,7 @@ class Model:
       config: config.json.
       params: tensors by checkpoint name, Hugging Face `[out, in]` layout, experts of a layer as one leaf
         (`mojax.experts`); encoded weights are `QTensor`, and `<module>.input_scale` is the float32 maximum of
-        a statically quantized input.
+        a statically quantized input. A branch beside a weight is two more leaves (`mojax.beside`).
       family: the module `mojax.models.<model_type>`; None when only the tensors are known (`generic`).
       checkpoint: the files it was read from, if any.
       schemes: how each encoded linear runs, by module name; empty for a model in full precision.
@@ -272,6 +272,8 @@ def load(
         return dataclasses.replace(model, params=model.tensors)
     if hasattr(dialect, "parted"):
         files = dialect.parted(files, linears(model, files))
+    if hasattr(dialect, "joined"):
+        files = dialect.joined(files)
     return _encoded(Model(config, files, family, files), dialect)
 
 
@@ -332,10 +334,13 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
         dict(model.config), extra(files.folder), [n for m in modules for n in experts.expand(m, count[m])]
     )
     each = {m: experts.one_scheme(m, count[m], said.schemes) for m in modules}
-    schemes = {m: scheme for m, scheme in each.items() if scheme is not None}
+    schemes = {m: branched(dialect, m, scheme, files) for m, scheme in each.items() if scheme is not None}
     encoded = experts.spread(schemes, model.shapes)
+    low_rank = branches(dialect, schemes)
     leaves: dict[str, Callable[[], Any]] = {
-        n: functools.partial(model.tensors.__getitem__, n) for n in model.tensors if not turns(n, encoded)
+        n: functools.partial(model.tensors.__getitem__, n)
+        for n in model.tensors
+        if not turns(n, encoded) and n not in low_rank
     }
     for module, scheme in schemes.items():
         for name in experts.expand(module, count[module]):
@@ -345,6 +350,9 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
         def one(name: str, s: Scheme = scheme) -> tuple[QTensor, np.float32 | None]:
             return dialect.read(name, files.__getitem__, s, model.dtype)
 
+        if scheme.rank:
+            for leaf, name in zip(beside.leaves(module), dialect.branch(module), strict=True):
+                leaves[leaf] = functools.partial(files.__getitem__, name)
         leaves[module + ".weight"] = functools.partial(experts.read, module, count[module], one)
         if scheme.inputs is not None and scheme.inputs.static:
             leaves[module + INPUT] = functools.partial(experts.maximum, module, count[module], one)
@@ -358,6 +366,18 @@ def _encoded(model: Model, dialect: ModuleType) -> Model:
                     a, files.__getitem__
                 )[i]
     return dataclasses.replace(model, params=Lazy(leaves), schemes=schemes, cache=said.cache)
+
+
+def branched(dialect: ModuleType, module: str, scheme: Scheme, files: checkpoint.Checkpoint) -> Scheme:
+    """The scheme with the rank of the branch that the files hold beside a module."""
+    if not hasattr(dialect, "branch") or (name := dialect.branch(module)[0]) not in files:
+        return scheme
+    return scheme._replace(rank=files.spec(name).shape[0])
+
+
+def branches(dialect: ModuleType, schemes: Mapping[str, Scheme]) -> frozenset[str]:
+    """The names, in the files, of the tensors of all branches."""
+    return frozenset(n for m, scheme in schemes.items() if scheme.rank for n in dialect.branch(m))
 
 
 def extra(folder: Path) -> dict[str, Any] | None:

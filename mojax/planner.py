@@ -199,6 +199,11 @@ class _Planner:
         _, matrix = _apart(name, shape)
         if scheme.hadamard and (said := self._rotation(name, scheme.hadamard, matrix[-1])):
             return said
+        if scheme.rank >= min(matrix):
+            return (
+                f"{name}: is {list(matrix)}, and a branch of rank {scheme.rank} would be the whole of it; "
+                f"use a smaller rank, or add --keep={name}"
+            )
         if indivisible := scheme.weights.check(matrix):
             keep = name.split("*")[0] + "*" if experts.starred(name) else name
             return (
@@ -241,6 +246,8 @@ class _Planner:
         except InputError as error:
             self.problems.append(str(error))
             return None, "unresolved"
+        if scheme is not None and role == "linear" and not experts.starred(name):
+            scheme = scheme._replace(rank=max(step.rank for step in self.steps))
         if scheme is not None and role == "head" and name != "lm_head.weight":
             self.problems.append(
                 f"{name}: is the embedding and the tied head at once; remove the rule that names it"

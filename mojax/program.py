@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mojax import attention, experts, interpret, simulate
+from mojax import attention, beside, experts, interpret, simulate
 from mojax.cache import Cache
 from mojax.compile import jit
 from mojax.formats.base import Format, QTensor
@@ -99,14 +99,17 @@ def watched(
     def call(params: Mapping[str, Any], *args: Any) -> Any:
         def quantize(place: interpret.Place) -> tuple[Any, Any]:
             module = place.name.removesuffix(".weight")
+            x, branch = place.x, beside.branch(params, module) if place.op == "dot" else None
             turned = module in turns and place.op != "gather"
             place = simulate.rotated(turns[module], place) if turned else place
             if module not in inputs or place.op == "gather":
                 tap = look(place, lambda: place.x) if look else None
-                return place.run() if turned else None, tap
-            amax = params.get(module + INPUT)
-            tap = look(place, lambda: simulate.round_input(inputs[module], place, amax)) if look else None
-            return simulate.rounded(inputs[module], place, amax), tap
+                y = place.run() if turned or branch else None
+            else:
+                amax = params.get(module + INPUT)
+                tap = look(place, lambda: simulate.round_input(inputs[module], place, amax)) if look else None
+                y = simulate.rounded(inputs[module], place, amax)
+            return beside.added(y, x, *branch) if branch and y is not None else y, tap
 
         def resumed(place: interpret.Place) -> tuple[Any, Any]:
             x = known.get(place.name) if known and place.op == "dot" else None
@@ -125,13 +128,15 @@ def watched(
         def plain(weights: Mapping[str, Any], *args: Any) -> Any:
             return fn(program.config, weights, *args)
 
-        weights = {name: leaf for name, leaf in params.items() if not name.endswith((INPUT, MEAN))}
+        others = (INPUT, MEAN, *beside.LEAVES)
+        weights = {name: leaf for name, leaf in params.items() if not name.endswith(others)}
         if (
             look
             or known
             or inputs
             or turns
             or any(isinstance(leaf, QTensor) for leaf in weights.values())
+            or any(name.endswith(beside.LEAVES) for name in params)
             or any(map(experts.starred, weights))  # the interpreter's product of groups is faster
         ):
             return interpret.intercept(plain, resumed)(weights, *args)

@@ -104,6 +104,8 @@ def _ordered(names: Sequence[str], steps: Sequence[Transform]) -> None:
     twice = [name for i, name in enumerate(names) if name in names[:i] and steps[i].phase != "encode"]
     if twice:
         raise InputError(f"steps: {twice[0]} stands twice; remove one")
+    if len(ranks := {step.rank for step in steps if step.rank}) > 1:
+        raise InputError(f"steps: branches of ranks {sorted(ranks)}, and a linear has one; give all one rank")
     if not steps[-1].encodes:
         said = ", ".join(names)
         raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mojax import checkpoint, experts, model
+from mojax import beside, checkpoint, experts, model
 from mojax.converters import base as dialects
 from mojax.distance import recorded
 from mojax.errors import InputError, PlanError
@@ -71,7 +71,7 @@ def _names(loaded: Model, weights: Mapping[str, object]) -> tuple[str, ...]:
     """The decoded weights where the first of their tensors lies, and what is not encoded."""
     assert loaded.checkpoint is not None
     tensors = loaded.tensors
-    leaves = [n for n in loaded.params if not n.endswith(INPUT) and n in tensors]
+    leaves = [n for n in loaded.params if not n.endswith((INPUT, *beside.LEAVES)) and n in tensors]
     listed = tensors.names if isinstance(tensors, experts.Stacked) else {n: (n,) for n in leaves}
     kept = {name for leaf in leaves for name in listed[leaf]}
     found: dict[str, None] = {}
@@ -99,15 +99,21 @@ def _weights(
         shape = known[module] if known else read()[0].shape
         problems += _problems(files, dialect, dialect.layout(module, shape, loaded.dtype, scheme), scheme)
         spec = checkpoint.Spec(np.dtype(loaded.dtype), tuple(shape))
-        found[module + ".weight"] = spec, functools.partial(_decode, read, scheme.hadamard)
+        low = dialect.branch(module) if scheme.rank else ()
+        get = functools.partial(lambda names: [files[n] for n in names], low)
+        found[module + ".weight"] = spec, functools.partial(_decode, read, scheme.hadamard, get)
     if problems:
         raise PlanError(problems)
     return found
 
 
-def _decode(read: Callable[[], tuple], block: int) -> np.ndarray:
-    """The weight, in Hadamard blocks of this order turned back: H H = 1."""
+def _decode(read: Callable[[], tuple], block: int, branch: Callable[[], list]) -> np.ndarray:
+    """The weight, in Hadamard blocks of this order turned back, H H = 1, and with its branch."""
     q = read()[0]
+    if low := branch():
+        w = q.format.decode(q)
+        w = hadamard(w, block=block) if block else w
+        return np.asarray(w + beside.product(*low)).astype(q.dtype)
     if block:
         return np.asarray(hadamard(q.format.decode(q), block=block)).astype(q.dtype)
     return np.asarray(model.decode(q)).astype(q.dtype, copy=False)

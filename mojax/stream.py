@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mojax import calibration, checkpoint
+from mojax import beside, calibration, checkpoint
 from mojax.calibration import ENCODE, Stats, calibrate_block
 from mojax.errors import NotFiniteError
 from mojax.gradients import Gradients, gradients
@@ -106,6 +106,18 @@ def rotated(context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
     """The weights `W H` of the linears whose inputs are rotated when they run, in their own dtype."""
     turns = {module + ".weight": scheme.hadamard for module, scheme in context.schemes.items()}
     return {n: np.asarray(hadamard(params[n], block=block)) for n, block in turns.items() if block}
+
+
+def residuals(
+    context: Context, targets: Mapping[str, Any], params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """What the codes beside a branch stand for, W - B A, in the dtype of the target; see `mojax.beside`."""
+    found = {}
+    for module, scheme in context.schemes.items():
+        if (low := beside.branch(params, module)) is not None:
+            w = targets[module + ".weight"]
+            found[module + ".weight"] = np.asarray(beside.residual(w, *low, scheme.hadamard).astype(w.dtype))
+    return found
 
 
 class Stream:
@@ -311,6 +323,7 @@ class Stream:
         """
         context = self.plan.context(block)
         targets = {m + ".weight": plain[m + ".weight"] for m in context.schemes} | rotated(context, plain)
+        targets |= residuals(context, targets, params)
         # Rounding a cache has no gradient, and no weight can make up for it.
         program = self._encoded().program(block)._replace(cache=None)
         passage = Passage(Whole(program), block.prefix, self.seen, out)

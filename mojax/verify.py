@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mojax import checkpoint, experts, model, rewrite
+from mojax import beside, checkpoint, experts, model, rewrite
 from mojax.converters import base as dialects
+from mojax.converters.compressed_tensors import adapter
 from mojax.distance import exact_blocks, folded, recorded, weight_errors
 from mojax.errors import InputError
 from mojax.formats.base import Format, QTensor
@@ -76,6 +77,7 @@ def verify(folder: str | Path, reference: str | Path | None = None, *, plan: Pla
         assert out.checkpoint is not None
         check.differences += changed_files(out.checkpoint.folder)
     check.layout()
+    check.branches()
     check.ignored()
     if not check.broken:
         check.fused()
@@ -144,6 +146,7 @@ class _Check:
             try:
                 q = self.out.params[module + ".weight"]
                 want = self._layout(module)
+                low = {n: self.out.params[n] for n in beside.leaves(module) if scheme.rank}
             except (InputError, KeyError) as error:
                 self.differences.append(f"{module}: cannot be read back: {error}")
                 self.broken = True
@@ -165,6 +168,9 @@ class _Check:
                         f"{name}: dtype is {np.dtype(dtype).name}, needs {np.dtype(spec.dtype).name}"
                     )
             self._scales(module, q)
+            for leaf in low:
+                if not np.isfinite(np.asarray(low[leaf]).astype(np.float32)).all():
+                    self.differences.append(f"{leaf}: the branch holds NaN or infinity")
         for block in self.out.blocks if self.out.cache is not None else ():
             for name in self.dialect.cache_names(f"{block.prefix}self_attn"):
                 if name not in self.files_out:
@@ -192,6 +198,15 @@ class _Check:
                 self.differences.append(
                     f"{module}: the {level} scale holds NaN, infinity or a negative value"
                 )
+
+    def branches(self) -> None:
+        """Every tensor of an adapter is beside a weight; and a server must be told of the adapter."""
+        begins = getattr(self.dialect, "ADAPTER", None)
+        found = {n for n in self.files_out if begins and n.startswith(begins)}
+        for name in sorted(found - model.branches(self.dialect, self.out.schemes)):
+            self.differences.append(f"{name}: is in the adapter, and no encoded weight is beside it")
+        if found:
+            self.notes.append(adapter.NOTE)
 
     def ignored(self) -> None:
         """Every linear is encoded or in the ignore list; a tied head has no tensor but must be there too."""
@@ -277,6 +292,7 @@ class _Check:
             elif name not in rewritten and not same_bytes(files[name], self.files_out[name]):
                 self.differences.append(f"{name}: was to be kept, but its bytes differ from the source's")
         endings = (*self.dialect.SUFFIXES, ".weight")
+        branches = model.branches(self.dialect, self.out.schemes)
         for name in self.files_out:
             module = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
             if (
@@ -284,6 +300,7 @@ class _Check:
                 and module not in self.encoded
                 and not name.endswith((".k_scale", ".v_scale"))
                 and not model.turns(name, self.encoded)
+                and name not in branches
             ):
                 self.differences.append(f"{name}: is neither in the source nor part of an encoded tensor")
 

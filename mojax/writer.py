@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mojax import checkpoint, experts
+from mojax import beside, checkpoint, experts
 from mojax.cache import LARGEST
+from mojax.converters.compressed_tensors import adapter
 from mojax.errors import InputError
 from mojax.formats.base import QTensor, Scheme
 from mojax.model import Model
@@ -27,6 +28,7 @@ from mojax.transforms.base import Outcome
 RECORD = "mojax.json"  # the facts; older than anything else in OUT.partial, so its time is when the run began
 COUNTS = "tokens_per_expert"  # in the record, by layer
 OUTCOMES = "outcomes"  # in the record, of the steps
+APART = "adapter-"  # begins the name of a file in the scratch folder: what a shard has for the adapter
 SCRATCH = "scratch"  # folder in OUT.partial, gone when the output is finished
 OURS = (RECORD, "report.json", "README.md")  # not among the files whose digests are recorded
 
@@ -126,6 +128,8 @@ class Writer:
         tensors: dict[str, Any] = {}
         for name, _ in unit.files:
             tensors |= dict(checkpoint.read_shard(self.partial / name))
+            if (apart := self.scratch / (APART + name)).exists():
+                tensors |= checkpoint.read_shard(apart)
         leaves: dict[str, Any] = {}
         for row in (r for _, rows in unit.files for r in rows):
             if row.scheme is None:
@@ -140,6 +144,9 @@ class Writer:
             leaves[row.name] = experts.read(module, count, one)
             if row.scheme.inputs is not None and row.scheme.inputs.static:
                 leaves[module + INPUT] = experts.maximum(module, count, one)
+            if row.scheme.rank:
+                pair = zip(beside.leaves(module), self.plan.dialect.branch(module), strict=True)
+                leaves |= {leaf: tensors[n] for leaf, n in pair}
         if unit.prefix and self.plan.cache is not None:
             attention = f"{unit.prefix}self_attn"
             maxima = self.plan.dialect.read_cache(attention, tensors.__getitem__)
@@ -168,7 +175,10 @@ class Writer:
                 tensors |= self._tensors(row, params)
             if i == 0 and unit.prefix and self.plan.cache is not None:
                 tensors |= self._cache(unit.prefix, params)
-            checkpoint.write_shard(self.partial / name, tensors)
+            adapted = getattr(self.plan.dialect, "ADAPTER", None)
+            if apart := {n: t for n, t in tensors.items() if adapted and n.startswith(adapted)}:
+                checkpoint.write_shard(self.scratch / (APART + name), apart)  # `done` looks at the other one
+            checkpoint.write_shard(self.partial / name, {n: t for n, t in tensors.items() if n not in apart})
 
     def write_all(self) -> None:
         """Every unit of a model that is encoded already; nothing is left where one cannot be written."""
@@ -190,6 +200,10 @@ class Writer:
         tensors = {}
         for name, q in zip(row.names, experts.entries(leaf, row.name), strict=True):
             tensors |= self.plan.dialect.write(name.removesuffix(".weight"), q, row.scheme, amax)
+        if row.scheme.rank:
+            module = row.name.removesuffix(".weight")
+            pair = zip(self.plan.dialect.branch(module), beside.leaves(module), strict=True)
+            tensors |= {n: np.asarray(params[leaf]) for n, leaf in pair}
         return tensors
 
     def _cache(self, prefix: str, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -203,6 +217,7 @@ class Writer:
     def finish(self) -> None:
         """The config, the copied files, and the index last."""
         assert self.source is not None
+        self._adapter()
         shutil.rmtree(self.partial / SCRATCH, ignore_errors=True)
         for path in checkpoint.side_files(self.source.folder):
             if path.parent == self.source.folder and path.name in OUTPUTS:
@@ -225,6 +240,22 @@ class Writer:
         checkpoint.write_index(self.partial, weight_map, total)
         self.facts["sha256"] = digests(self.partial)
         self._update()
+
+    def _adapter(self) -> None:
+        """The branches of all units as one LoRA adapter, in a dialect that keeps them so."""
+        modules = {m: s.rank for m, s in self.plan.modules.items() if s.rank}
+        if not modules or not hasattr(self.plan.dialect, "ADAPTER"):
+            return
+        tensors: dict[str, np.ndarray] = {}
+        for piece in sorted(self.scratch.glob(APART + "*")):
+            tensors |= checkpoint.read_shard(piece)
+        others = [n for r in self.plan.rows if r.role == "linear" for n in r.names]
+        others = [m for m in (n.removesuffix(".weight") for n in others) if m not in modules]
+        folder = self.partial / adapter.FOLDER
+        folder.mkdir(exist_ok=True)
+        said = json.dumps(adapter.settings(modules, others), indent=2) + "\n"
+        checkpoint.write_shard(folder / adapter.TENSORS, tensors)
+        checkpoint.write_text(folder / adapter.CONFIG, said)
 
     def rename(self, suffix: str = "") -> Path:
         """The last act: OUT.partial becomes OUT, or OUT.rejected."""

@@ -102,12 +102,15 @@ def test_who_loads_what_is_what_the_dialects_say():
     columns = {"vLLM": "vllm", "SGLang": "sglang", "TensorRT-LLM": "trtllm", "transformers": "transformers"}
     pairs = [("compressed-tensors", t) for t in columns] + [("modelopt", t) for t in list(columns)[:3]]
     rows = [["recipe", *(f"{d}: {t}" if t == "vLLM" else t for d, t in pairs)]]
-    for name in distinct():
+    for name in sorted((*distinct(), "nvfp4_svdquant")):
+        steps = dict(recipe.load_recipe(name).steps)
         every = recipe.choose(recipe.load_recipe(name), "model.layers.0.mlp.down_proj.weight")
         marks = []
         for dialect, target in pairs:
             converter = find("converters", dialect)
-            scheme = find_scheme(every, converter.ARITHMETIC)._replace(hadamard=every.hadamard or 0)
+            scheme = find_scheme(every, converter.ARITHMETIC)._replace(
+                hadamard=every.hadamard or 0, rank=steps.get("svdquant", {}).get("rank", 0)
+            )
             marks.append("-" if converter.check(scheme, columns[target]) else "yes")
             assert find("converters", "modelopt").check(scheme, "transformers")  # so it has no column
         rows.append([name, *marks])

@@ -82,6 +82,7 @@ def test_the_shipped_recipes_are_these():
         "nvfp4_kv",
         "nvfp4_local_hessian",
         "nvfp4_mlp_only",
+        "nvfp4_svdquant",
         "nvfp4_weight_only",
         "nvfp4_weight_only_best",
         "w4a8_awq",

@@ -119,6 +119,7 @@ class Transform(NamedTuple):
         its last "encode" step with every leaf of it, encoded ones as `QTensor`s, and with their matrices of
         full precision as `context.targets`; returns the leaves it changes. Such a step's `apply` encodes what
         no step before it has.
+      rank: of the branch that it puts beside the linears of blocks, as leaves (`mojax.beside`); 0 for none.
       name: that of its file, where it comes from a recipe.
     """
 
@@ -129,6 +130,7 @@ class Transform(NamedTuple):
     phase: Phase = "block"
     turns: tuple[str, ...] = ()
     tune: Tune | None = None
+    rank: int = 0
     name: str = ""
 
 

@@ -1,5 +1,7 @@
 """The compressed-tensors dialect, as llm-compressor writes it and vLLM and transformers read it."""
 
+from mojax.converters.compressed_tensors.adapter import PREFIX as ADAPTER
+from mojax.converters.compressed_tensors.adapter import branch, joined
 from mojax.converters.compressed_tensors.schemes import ARITHMETIC, DIALECT, check, check_cache, config, parse
 from mojax.converters.compressed_tensors.tensors import (
     SUFFIXES,
@@ -16,16 +18,19 @@ WRITES = True
 LISTS_EMBEDDINGS = False
 
 __all__ = [
+    "ADAPTER",
     "ARITHMETIC",
     "DIALECT",
     "LISTS_EMBEDDINGS",
     "METHODS",
     "SUFFIXES",
     "WRITES",
+    "branch",
     "cache_names",
     "check",
     "check_cache",
     "config",
+    "joined",
     "layout",
     "parse",
     "read",

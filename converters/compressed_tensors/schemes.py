@@ -26,7 +26,7 @@ from mojax.converters.base import (
     rotation_refusal,
     section,
 )
-from mojax.converters.compressed_tensors import rotation
+from mojax.converters.compressed_tensors import adapter, rotation
 from mojax.converters.compressed_tensors.rotation import LARGEST, ROTATES, matches, power_of_two
 from mojax.errors import InputError
 from mojax.formats import fp8, int4, int8, mxfp4, mxfp8, nvfp4
@@ -147,6 +147,8 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
         experts_refusal(DIALECT, scheme, target, EXPERTS) if experts else None
     ):
         return reason
+    if reason := adapter.refusal(target, scheme.rank):
+        return reason
     if scheme.hadamard and experts:
         return f"{target} does not rotate the inputs of experts; give them hadamard: none"
     if scheme.hadamard > LARGEST and not power_of_two(scheme.hadamard):
@@ -221,7 +223,7 @@ def config(
     """
     members: dict[Scheme, list[str]] = {}
     for module, scheme in schemes.items():
-        members.setdefault(plain_scheme(scheme)._replace(hadamard=0), []).append(module)
+        members.setdefault(plain_scheme(scheme)._replace(hadamard=0, rank=0), []).append(module)
     groups = {}
     for number, (scheme, modules) in enumerate(members.items()):
         group = {"targets": ["Linear"] if len(members) == 1 else modules, "format": storage(scheme)}

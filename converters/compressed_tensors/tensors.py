@@ -15,6 +15,7 @@ import numpy as np
 from mojax.converters.base import (
     Get,
     amax_of,
+    branch_layout,
     bytes_of,
     cache_maxima,
     cache_scales,
@@ -25,6 +26,7 @@ from mojax.converters.base import (
     static_outer,
 )
 from mojax.converters.compressed_tensors import rotation
+from mojax.converters.compressed_tensors.adapter import branch
 from mojax.converters.compressed_tensors.schemes import ARITHMETIC, storage
 from mojax.formats import int4
 from mojax.formats.base import Format, QTensor, Scheme
@@ -84,7 +86,8 @@ def layout(
             tensors["input_scale"] = (1,), _scale_dtype(scheme.inputs, dtype)
     if rotation.stored(scheme):
         tensors[rotation.leaf(scheme.hadamard)] = (scheme.hadamard, scheme.hadamard), dtype
-    return {f"{module}.{name}": jax.ShapeDtypeStruct(s, d) for name, (s, d) in tensors.items()}
+    found = {f"{module}.{name}": jax.ShapeDtypeStruct(s, d) for name, (s, d) in tensors.items()}
+    return found | branch_layout(branch(module), shape, dtype, scheme)
 
 
 def _scale_dtype(format: Format, dtype: Any) -> np.dtype:
@@ -99,7 +102,7 @@ def _scale_shape(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.ndarray]:
-    """The tensors of one encoded Linear.
+    """The tensors of one encoded Linear, without those of a branch.
 
     Args:
       module: full name, without `.weight`.
@@ -108,7 +111,7 @@ def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.nd
     Raises:
       InputError: a scale that the dialect's dtype cannot hold, or a static input without a maximum.
     """
-    spec = layout(module, q.shape, q.dtype, scheme)
+    spec = layout(module, q.shape, q.dtype, scheme._replace(rank=0))
     codes = np.asarray(q.codes)
     scales = {level: np.asarray(value) for level, value in q.scales.items()}
     inner = scales.get("inner", scales.get("outer"))

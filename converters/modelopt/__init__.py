@@ -3,6 +3,7 @@
 from mojax.converters.modelopt.schemes import ARITHMETIC, DIALECT, check, check_cache, config, parse
 from mojax.converters.modelopt.tensors import (
     SUFFIXES,
+    branch,
     cache_names,
     layout,
     read,
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "SUFFIXES",
     "WRITES",
+    "branch",
     "cache_names",
     "check",
     "check_cache",

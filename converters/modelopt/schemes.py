@@ -46,6 +46,7 @@ class Algorithm:
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     grouped: bool = False  # ModelOpt writes config_groups for these only
     mixes: bool = True  # may be one of several
+    branch: bool = False  # a low-rank one beside every linear
 
 
 def _args(bits: int, dynamic: bool = False, **more: Any) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def _args(bits: int, dynamic: bool = False, **more: Any) -> dict[str, Any]:
 FP8, TOKEN, BLOCK = fp8.FORMAT(per="tensor"), fp8.FORMAT(per="token"), fp8.FORMAT(per="block")
 NV, MX8 = nvfp4.FORMAT(), mxfp8.FORMAT()
 E2M1 = _args(4, group_size=16)
+SVD = {"group_size": 16, "has_zero_point": False, "pre_quant_scale": False}
 AWQ = {"group_size": 128, "has_zero_point": False, "pre_quant_scale": False}
 ALGORITHMS = (
     Algorithm("FP8", Scheme(FP8, FP8), {}, _args(8), _args(8), grouped=True),
@@ -63,6 +65,7 @@ ALGORITHMS = (
     ),
     Algorithm("fp8_pb_wo", Scheme(BLOCK, BLOCK), {}, _args(8), _args(8, True, group_size=128)),
     Algorithm("NVFP4", Scheme(NV, NV), {"group_size": 16}, E2M1, E2M1, grouped=True),
+    Algorithm("NVFP4_SVD", Scheme(NV, NV), SVD, E2M1, E2M1, grouped=True, mixes=False, branch=True),
     Algorithm("W4A16_NVFP4", Scheme(NV), {"group_size": 16}, E2M1, grouped=True),
     Algorithm(
         "MXFP8",
@@ -75,7 +78,7 @@ ALGORITHMS = (
     Algorithm("W4A16_AWQ", Scheme(int4.FORMAT(group=128)), AWQ, mixes=False),
 )
 BY_NAME = {algorithm.name.upper(): algorithm for algorithm in ALGORITHMS}
-BY_SCHEME = {algorithm.scheme: algorithm for algorithm in ALGORITHMS}
+BY_SCHEME = {(algorithm.scheme, algorithm.branch): algorithm for algorithm in ALGORITHMS}
 CACHES: dict[str, Any] = {"fp8": _args(8), "nvfp4": "NVFP4"}  # kind -> kv_cache_scheme
 CACHE_LOADS = dict.fromkeys(CACHES, ("vllm", "sglang", "trtllm"))
 
@@ -134,6 +137,11 @@ def check(scheme: Scheme, target: str, dtype: Any = None, experts: bool = False)
         )
     if _algorithm(scheme) is None:
         return f"{target} cannot load {_unknown(scheme)}"
+    if scheme.rank and target != "trtllm":
+        return (
+            f"{target} cannot load {label(scheme)} in the {DIALECT} dialect: it rejects NVFP4_SVD; use "
+            "--target=trtllm, or --format=compressed-tensors, where the branch is a LoRA adapter"
+        )
     return refusal(DIALECT, scheme, target, LOADS, REASONS)
 
 
@@ -154,7 +162,7 @@ def check_cache(cache: Cache, target: str, encodes: bool = True) -> str | None:
 
 
 def _algorithm(scheme: Scheme) -> Algorithm | None:
-    return BY_SCHEME.get(plain_scheme(scheme))
+    return BY_SCHEME.get((plain_scheme(scheme)._replace(rank=0), scheme.rank > 0))
 
 
 def _unknown(scheme: Scheme) -> str:
@@ -202,16 +210,17 @@ def config(
     name = "MIXED_PRECISION" if mixed else algorithms[0].name if algorithms else None
     detail: dict[str, Any] = {"quant_algo": name, "kv_cache_quant_algo": kept.upper() if kept else None}
     written: dict[str, Any] = {"quant_method": DIALECT, "quant_algo": name, "producer": PRODUCER}
+    rank = {"lora_rank": max(s.rank for s in schemes.values())} if any(a.branch for a in algorithms) else {}
     if mixed or any(a.grouped for a in algorithms):
         targets = members if mixed else {algorithms[0].name: ["Linear"]}
         written["config_groups"] = {
-            f"group_{i}": _group(a, targets[a.name]) for i, a in enumerate(algorithms)
+            f"group_{i}": _group(a, targets[a.name]) | rank for i, a in enumerate(algorithms)
         }
     if mixed:
         layers = {m: _layer(known(scheme)) for m, scheme in schemes.items()}
         detail["quantized_layers"] = written["quantized_layers"] = layers
     elif algorithms:
-        detail |= algorithms[0].more
+        detail |= algorithms[0].more | rank
     if kept:
         written["kv_cache_scheme"] = CACHES[kept]
     detail["exclude_modules"] = written["ignore"] = sorted(ignore)
@@ -223,7 +232,8 @@ def config(
 
 def _group(algorithm: Algorithm, targets: list[str]) -> dict[str, Any]:
     group: dict[str, Any] = {"weights": algorithm.weights, "targets": targets}
-    return group | ({"input_activations": algorithm.inputs} if algorithm.inputs else {})
+    more = {k: v for k, v in algorithm.more.items() if algorithm.branch and k != "group_size"}
+    return group | ({"input_activations": algorithm.inputs} if algorithm.inputs else {}) | more
 
 
 def _layer(algorithm: Algorithm) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from mojax.converters.base import (
     Get,
     amax_of,
+    branch_layout,
     bytes_of,
     cache_maxima,
     cache_scales,
@@ -29,7 +30,8 @@ from mojax.converters.modelopt.schemes import ARITHMETIC, DIALECT, known
 from mojax.errors import InputError
 from mojax.formats.base import QTensor, Scheme
 
-SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale")
+BRANCH = (".weight_quantizer._svdquant_lora_a", ".weight_quantizer._svdquant_lora_b")
+SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale", *BRANCH)
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
@@ -67,11 +69,17 @@ def layout(
     }[kind(scheme.weights)]
     if scheme.inputs and scheme.inputs.static:
         tensors["input_scale"] = ((), F32)
-    return {f"{module}.{name}": jax.ShapeDtypeStruct(s, d) for name, (s, d) in tensors.items()}
+    found = {f"{module}.{name}": jax.ShapeDtypeStruct(s, d) for name, (s, d) in tensors.items()}
+    return found | branch_layout(branch(module), shape, dtype, scheme)
+
+
+def branch(module: str) -> tuple[str, str]:
+    """The names of the tensors A and B of a branch."""
+    return module + BRANCH[0], module + BRANCH[1]
 
 
 def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.ndarray]:
-    """The tensors of one encoded Linear.
+    """The tensors of one encoded Linear, without those of a branch.
 
     Args:
       module: full name, without `.weight`.
@@ -80,7 +88,8 @@ def write(module: str, q: QTensor, scheme: Scheme, amax: Any) -> dict[str, np.nd
     Raises:
       InputError: a scheme that this dialect does not have, or a static input without a maximum.
     """
-    spec = layout(module, q.shape, q.dtype, scheme)
+    known(scheme)
+    spec = layout(module, q.shape, q.dtype, scheme._replace(rank=0))
     scales = {level: np.asarray(value) for level, value in q.scales.items()}
     codes = np.asarray(q.codes)
     if q.format.name == "int4":
@@ -133,8 +142,9 @@ def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, np
     shapes = {"channel": (shape[0], 1), "block": (-(-shape[0] // 128), -(-shape[1] // 128))}
     inner = inner.reshape(shapes.get(per, inner.shape))
     scales = {"outer": inner} if per == "tensor" else {"inner": inner}
-    if w.name == "int4":
+    if w.name in ("int4", "nvfp4"):
         _refuse_scaled(module, get)
+    if w.name == "int4":
         codes = np.ascontiguousarray(bytes_of(nibbles(codes.T).T))
     if w.name == "nvfp4":
         scales["outer"] = tensor("weight_scale_2").astype(F32)
@@ -146,7 +156,8 @@ def read(module: str, get: Get, scheme: Scheme, dtype: Any) -> tuple[QTensor, np
 
 def _refuse_scaled(module: str, get: Get) -> None:
     try:
-        get(f"{module}.pre_quant_scale")
+        if np.all(np.asarray(get(f"{module}.pre_quant_scale"), np.float32) == 1):
+            return
     except (KeyError, InputError):
         return
     raise InputError(

@@ -345,19 +345,25 @@ def _fake(format: Format, x: jax.Array, outer: jax.Array | None) -> jax.Array:
 class Scheme(NamedTuple):
     """How one linear runs: y = q(x H) q(W H)^T, with the formats of its weight and of its input.
 
+    With a branch y = q(x H) q(R)^T + (x A^T) B^T; see `mojax.beside`.
+
     Attributes:
       inputs: None for as they are.
       hadamard: the order of the blocks of H, the orthonormal Hadamard matrix of `mojax.kernels.hadamard`
         along the input axis: inputs are rotated when the linear runs, its weight before it was encoded.
         0 for no rotation.
+      rank: of the branch A, B beside it; 0 for none.
     """
 
     weights: Format
     inputs: Format | None = None
     hadamard: int = 0
+    rank: int = 0
 
     @property
     def label(self) -> str:
         """`nvfp4, inputs as they are`, `mxfp4, inputs mxfp4, both rotated by hadamard 32`."""
         turned = f", both rotated by hadamard {self.hadamard}" if self.hadamard else ""
-        return f"{self.weights.label}, inputs {self.inputs.label if self.inputs else 'as they are'}{turned}"
+        beside = f", beside a branch of rank {self.rank}" if self.rank else ""
+        inputs = self.inputs.label if self.inputs else "as they are"
+        return f"{self.weights.label}, inputs {inputs}{turned}{beside}"

@@ -244,10 +244,17 @@ def kernels(llm) -> list[str]:
     return llm.apply_model(visit)[0]
 
 
+def rank_of(folder: Path) -> int:
+    """The rank of the folder's LoRA adapter, 0 for none."""
+    path = folder / "adapter" / "adapter_config.json"
+    return json.loads(path.read_text())["r"] if path.exists() else 0
+
+
 def answer(folder: Path, tokens: np.ndarray, new: int) -> dict[str, np.ndarray]:
     """Load one folder, score the rows and continue their first halves; then free the engine."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
     linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CPU] = [Mxfp4 if has_inputs(folder) else Mxfp4WeightOnly]
     start = time.perf_counter()
@@ -269,15 +276,23 @@ def answer(folder: Path, tokens: np.ndarray, new: int) -> dict[str, np.ndarray]:
         enable_prefix_caching=False,
         seed=0,
         use_tqdm_on_load=False,
+        **({"enable_lora": True, "max_lora_rank": rank} if (rank := rank_of(folder)) else {}),
     )
+    lora = LoRARequest("svd", 1, str(folder / "adapter")) if rank else None
     score = SamplingParams(max_tokens=1, prompt_logprobs=vocabulary, flat_logprobs=True, detokenize=False)
     rows = [{"prompt_token_ids": [int(t) for t in row]} for row in tokens]
-    scored = llm.generate(rows, score, use_tqdm=False)
+    scored = llm.generate(rows, score, use_tqdm=False) if lora is None else []
+    if lora is not None:  # vLLM's CPU has no logits of a whole prompt with an adapter: prefix by prefix
+        one = SamplingParams(max_tokens=1, logprobs=vocabulary, detokenize=False)
+        starts = [{"prompt_token_ids": row["prompt_token_ids"][:n]} for row in rows for n in range(1, length)]
+        nexts = llm.generate(starts, one, use_tqdm=False, lora_request=lora)
+        found = np.array([[o.outputs[0].logprobs[0][t].logprob for t in range(vocabulary)] for o in nexts])
+        found = found.astype(np.float32).reshape(len(rows), length - 1, vocabulary)
     greedy = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, detokenize=False, ignore_eos=True)
     halves = [{"prompt_token_ids": row["prompt_token_ids"][: length // 2]} for row in rows]
-    continued = llm.generate(halves, greedy, use_tqdm=False)
+    continued = llm.generate(halves, greedy, use_tqdm=False, lora_request=lora)
     result = {
-        "logprobs": np.stack([log_probabilities(output, vocabulary) for output in scored]),
+        "logprobs": np.stack([log_probabilities(o, vocabulary) for o in scored]) if scored else found,
         "generated": np.array([output.outputs[0].token_ids for output in continued], np.int32),
         "kernels": np.array(kernels(llm), dtype=str),
         "seconds": np.float64(time.perf_counter() - start),
