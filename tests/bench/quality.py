@@ -61,6 +61,7 @@ SIGNED = "local_hessian-signed+gptq+refine-signed"
 ALL = {
     "mojax": (
         *("nvfp4_weight_only", "nvfp4_weight_only_best", "nvfp4", "nvfp4_gptq", "nvfp4_best"),
+        "nvfp4_svdquant",
         *("mxfp4_weight_only", "mxfp4_weight_only_best", "mxfp4", "mxfp4_two_sided", "mxfp4_best"),
         *("int4", "int4_gptq", "int4_best", "int8_static", "int8_static_best", "int8", "int8_smoothquant"),
         *(f"nvfp4_weight_only/{s}" for s in ("mse", "local_hessian+gptq", ONE, f"qep1+{ONE}")),
@@ -262,7 +263,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Of one model: the best of each side at every format."""
+    """Of one model: the best of each side at every format, at the bits of the format."""
     import mojax
 
     def streamed(row: Row) -> bool:
@@ -278,6 +279,8 @@ def summary(rows: list[Row]) -> str:
         mine = [r for r in rows if r.form == name and r.tool == "mojax"]
         others = [r for r in rows if r.form == name and r.tool != "mojax"]
         nearest = [r for r in mine if r.recipe in (name, f"{name}/rtn")]
+        budget = min((r.bits for r in (*mine, *others)), default=0) + 0.25
+        mine, others = ([r for r in side if r.bits <= budget] for side in (mine, others))
         nearest = sorted(nearest, key=lambda r: len(r.recipe))[
             -1:
         ]  # int8_static itself is not round to nearest
