@@ -17,6 +17,7 @@ from mojax.program import Program, block_of, cache_scales, run_block, watched
 from mojax.threads import each
 
 OWN = "own "  # before the name of a weight: statistics that weights of one input do not share
+HELD = 2**30  # bytes, in float32: inputs that are more are not kept in a stream, but computed anew
 Known = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
@@ -24,7 +25,7 @@ class Held:
     """Inputs of a block's linears that are known since the ones before were encoded, a batch each, by name.
 
     What comes after them need not run the block from its beginning. Those of the first stage are not kept:
-    only a norm is before them.
+    only a norm is before them; nor those that would take much memory.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,12 @@ class Held:
         """Those of batch `i`, in both streams."""
         source, seen = ({n: xs[i] for n, xs in held.items()} for held in (self.source, self.seen))
         return source, seen
+
+
+def bytes_held(tokens: int, width: int) -> int:
+    """What keeping the inputs of a linear takes in a stream, in float32; 0 where they are not kept."""
+    size = 4 * tokens * width
+    return size if size <= HELD else 0
 
 
 @jit(static_argnums=(0, 1, 2, 3, 4))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from mojax import experts
 from mojax.gradients import block_rows
+from mojax.inputs import bytes_held
 from mojax.plans import READS, Plan, Row
 from mojax.threads import cores
 
@@ -40,7 +41,8 @@ def statistics(plan: Plan, tokens: int) -> int:
         solving = SOLVING * 4 * max((width for width, _ in widths), default=0) ** 2 if encoding else 0
         whole = sum(squares) * moving * (1 + cores())
         streams = 2 if "drift" in plan.encoding.needs else 1
-        kept = tokens * streams * 4 * sum(width for width, many in widths[1:] if many == 1) if encoding else 0
+        kept = streams * sum(bytes_held(tokens, width) for width, many in widths[1:] if many == 1)
+        kept = kept if encoding else 0
         found.append(max(sums + solving + kept, whole))
     return max(found) + (_gradients(plan, tokens) if "gram" in plan.encoding.needs else 0)
 

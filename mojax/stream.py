@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from mojax import beside, calibration, checkpoint
 from mojax.calibration import ENCODE, Stats, calibrate_block
 from mojax.errors import NotFiniteError
 from mojax.gradients import Gradients, gradients
-from mojax.inputs import OWN, Held, observe, through
+from mojax.inputs import OWN, Held, bytes_held, observe, through
 from mojax.kernels.hadamard import hadamard
 from mojax.model import Lazy, Model
 from mojax.models.layers import Block
@@ -280,7 +281,8 @@ class Stream:
         shape = tuple((leader[n:], tuple(w[n:] for w in members)) for leader, members in groups.items())
         tokens = {w[n:]: self._gradients.tokens[w] for w in watched if w in self._gradients.tokens}
         first_stage = held is None or set(weights) & set(self.plan.stages(block)[0])
-        kept = () if first_stage else tuple(leader for leader, _ in shape)
+        length = sum(math.prod(x.shape[:-1]) for x in self.source)
+        kept = tuple(w for w, _ in shape if not first_stage and bytes_held(length, whole[w].shape[-1]))
         total, inputs = Stats(), []
 
         def run(i: int) -> tuple[Any, Any]:

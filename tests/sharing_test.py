@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mojax
-from mojax import calibration, inputs, matrices, memory
+from mojax import calibration, inputs, matrices, memory, stream
 from mojax.planner import plan
 from mojax.recipe import load_recipe
 from mojax.threads import cores, flow
@@ -65,6 +65,29 @@ def test_a_block_goes_on_from_known_inputs_to_the_same_output(model):
     assert np.abs(np.asarray(inputs.through(program, local, xs, moved)[0] - whole, np.float32)).max() > 0
     x = np.asarray(known[DOWN], np.float32).reshape(-1, known[DOWN].shape[-1])
     np.testing.assert_allclose(taken[DOWN]["gram"], x.T @ x, rtol=1e-4, atol=1e-3 * np.abs(x.T @ x).max())
+
+
+def test_inputs_that_take_much_memory_are_computed_anew(model, monkeypatch):
+    todo = planned(model, "int4", ["qep", "gptq"])
+    ids = np.random.default_rng(0).integers(0, 4096, (2, 64), dtype=np.int32)
+    block, looked = model.blocks[0], []
+    observe = inputs.observe
+
+    def look(*args):
+        looked.append(args[4])
+        return observe(*args)
+
+    monkeypatch.setattr(stream, "observe", look)
+    kept = stream.Stream(model, todo, ids).make(block).leaves
+    assert {"self_attn.o_proj.weight", "mlp.down_proj.weight"} <= {w for names in looked for w in names}
+    looked.clear()
+    monkeypatch.setattr(inputs, "HELD", 4 * 128 * 256)  # down's inputs are wider than o's
+    anew = stream.Stream(model, todo, ids).make(block).leaves
+    names = {w for names in looked for w in names}
+    assert "self_attn.o_proj.weight" in names and "mlp.down_proj.weight" not in names
+    for name, leaf in kept.items():
+        jax.tree.map(np.testing.assert_array_equal, leaf, anew[name])
+    assert inputs.bytes_held(128, 768) == 0 < inputs.bytes_held(128, 256)
 
 
 def test_the_source_runs_only_where_something_looks_at_it(model):
