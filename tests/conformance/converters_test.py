@@ -791,7 +791,11 @@ def test_modelopts_other_algorithms_are_refused_by_name(folder):
 
 def test_inputs_scaled_at_run_time_are_refused():
     written = modelopt.write("m", encoded("llama", MODULES[0], mo(int4)), Scheme(mo(int4)), None)
-    written["m.pre_quant_scale"] = np.ones(256, BF16)
+    plain, _ = modelopt.read("m", written.__getitem__, Scheme(mo(int4)), BF16)
+    written["m.pre_quant_scale"] = np.ones(256, BF16)  # changes nothing
+    read, _ = modelopt.read("m", written.__getitem__, Scheme(mo(int4)), BF16)
+    np.testing.assert_array_equal(read.codes, plain.codes)
+    written["m.pre_quant_scale"][7] = 2
     with pytest.raises(InputError, match=r"m\.pre_quant_scale"):
         modelopt.read("m", written.__getitem__, Scheme(mo(int4)), BF16)
 
