@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mojax import attention, checkpoint, interpret
+from mojax import attention, checkpoint, flat, interpret
 from mojax.compile import jit
 from mojax.errors import InputError, nearest
 from mojax.experts import listed
@@ -104,6 +104,7 @@ STATISTICS: Mapping[str, Statistic] = {
 # Sums that need more than the inputs of one place: see `mojax.stream` and `mojax.gradients`.
 SEQUENTIAL = ("gram", "seen_gram", "drift")  # of inputs as what was encoded before makes them, [in, in]
 ROTATION = "rotation"  # under the name of a space: its orthogonal matrix, learned (see `mojax.rewrite`)
+LEARNED = (ROTATION, flat.LEFT, flat.RIGHT)  # the last two under the name of a weight (see `mojax.flat`)
 SUMS = (*SEQUENTIAL[1:], "output_gram")
 ENCODE = "@encode"  # ends the name of a weight whose statistics are those that the encoding steps see
 
@@ -132,7 +133,15 @@ def statistics(place: interpret.Place, needs: Iterable[str]) -> dict[str, jax.Ar
 
 
 def merge(statistic: str, a: Any, b: Any) -> Any:
-    """Two of the statistics of this name as one."""
+    """Two of the statistics of this name as one.
+
+    Raises:
+      InputError: it is no statistic, but a matrix that a step has learned.
+    """
+    if statistic in LEARNED:
+        raise InputError(
+            f"{statistic}: was learned, and two of them are not one; calibrate on all tokens at once"
+        )
     return a + b if statistic in SUMS else STATISTICS[statistic].merge(a, b)
 
 
@@ -180,7 +189,7 @@ class Stats(dict[str, dict[str, Any]]):
         stats = Stats()
         for key, value in checkpoint.read_shard(Path(path)).items():
             name, _, statistic = key.rpartition(".")
-            if statistic not in (known := (*STATISTICS, *SUMS, ROTATION)):
+            if statistic not in (known := (*STATISTICS, *SUMS, *LEARNED)):
                 raise InputError(f"{path}: {key}: unknown statistic{nearest(statistic, known)}")
             stats.setdefault(name, {})[statistic] = np.array(value)
         return stats

@@ -86,9 +86,10 @@ def resolve(model: Function, recipe: str | Recipe, keep: Sequence[str] = ()) -> 
             "out, or use mojax.optimize on a checkpoint"
         )
     for step in choice.steps:
-        if step.rank:
+        if step.rank or step.flattens:
+            what = "a branch beside" if step.rank else "matrices before"
             choice.problems.append(
-                f"steps: {step.name} puts a branch beside the linears of a checkpoint's model (mojax.load), "
+                f"steps: {step.name} puts {what} the linears of a checkpoint's model (mojax.load), "
                 "and functions run as they are; leave it out"
             )
         if lost := [need for need in step.needs if need not in STATISTICS] or step.phase == "model":

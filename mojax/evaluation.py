@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import beside
+from mojax import beside, flat
 from mojax.calibration import batches, start
 from mojax.checkpoint import Checkpoint
 from mojax.compile import jit
@@ -236,7 +236,8 @@ def quantized_bits(model: Model) -> float | None:
     for module in model.schemes:
         leaf = model.params[module + ".weight"]  # one at a time: some are copies
         size, count = size + leaf.nbytes, count + int(np.prod(leaf.shape))
-        size += sum(a.nbytes for a in beside.branch(model.params, module) or ())
+        more = (*(beside.branch(model.params, module) or ()), *(flat.factors(model.params, module) or ()))
+        size += sum(a.nbytes for a in more)
     return 8 * size / count if count else None
 
 

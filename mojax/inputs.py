@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mojax import interpret
+from mojax import flat, interpret
 from mojax.calibration import SEQUENTIAL, STATISTICS, product, rows_of
 from mojax.compile import jit
 from mojax.kernels.hadamard import hadamard
@@ -113,6 +113,9 @@ def _inputs(
     """The inputs of some weights of a block, float32 `[tokens, in]`, and the sizes of groups, if any; and
     as they are, where another run can go on from them."""
     turned = [module + ".weight" for module, _ in program.rotated]
+    turned += [
+        name.removesuffix(flat.LEAVES[0]) + ".weight" for name in params if name.endswith(flat.LEAVES[0])
+    ]
 
     def look(place: interpret.Place, rounded: Callable[[], Any]) -> Any:
         if place.name not in leaders or place.op not in READS:

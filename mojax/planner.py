@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import experts, find, fusing, trace
+from mojax import experts, find, flat, fusing, trace
 from mojax.attention import rotatable
 from mojax.cache import Cache, of_rule
 from mojax.checkpoint import Decoded
@@ -189,11 +189,14 @@ class _Planner:
                 count, matrix = _apart(name, shape)
                 parts = self.dialect.layout(name.removesuffix(".weight"), matrix, dtype, scheme).values()
                 after = count * sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in parts)
+                after += flat.nbytes(matrix[-1]) if scheme.flat else 0
         return Row(name, role, tuple(shape), np.dtype(dtype), prefix, scheme, "", before, after, reason)
 
     def _trouble(self, name: str, dtype: np.dtype, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Why this tensor cannot be encoded, written or loaded so, or None."""
         here = self.target == HERE
+        if scheme.flat and (said := self._flat(name, scheme, shape[-1])):
+            return said
         if not here and (said := self.dialect.check(scheme, self.target, dtype, experts.starred(name))):
             return said
         _, matrix = _apart(name, shape)
@@ -225,6 +228,23 @@ class _Planner:
             return str(error)
         return None
 
+    def _flat(self, name: str, scheme: Scheme, width: int) -> str | None:
+        """Why learned matrices cannot turn the inputs of a linear, of `width` channels, or None."""
+        step = next(s.name for s in self.steps if s.flattens)
+        if self.target != HERE:
+            return (
+                f"steps: {step} multiplies inputs by matrices that {self.target} does not know of; use "
+                f"target {HERE!r} (mojax.plan), which evaluates in this process, or leave out {step}"
+            )
+        if scheme.hadamard:
+            return f"{name}: {step} and hadamard: {scheme.hadamard} both turn its input; leave out one"
+        if max(flat.sides(width)) > flat.LARGEST:
+            return (
+                f"{name}: has {width} input channels, which is no product of two numbers up to "
+                f"{flat.LARGEST} that {step} could use; add --keep={name}"
+            )
+        return None
+
     def _rotation(self, name: str, block: int, width: int) -> str | None:
         """Why the inputs of a linear, of `width` channels, cannot be rotated by Hadamard blocks, or None."""
         if width % block or factors(block) is None:
@@ -247,7 +267,8 @@ class _Planner:
             self.problems.append(str(error))
             return None, "unresolved"
         if scheme is not None and role == "linear" and not experts.starred(name):
-            scheme = scheme._replace(rank=max(step.rank for step in self.steps))
+            flattens = any(step.flattens for step in self.steps)
+            scheme = scheme._replace(rank=max(step.rank for step in self.steps), flat=flattens)
         if scheme is not None and role == "head" and name != "lm_head.weight":
             self.problems.append(
                 f"{name}: is the embedding and the tied head at once; remove the rule that names it"

@@ -93,6 +93,11 @@ class Plan:
         """The steps that leave the function of a block as it is, as one."""
         return chain(*(t for t in self.steps if t.phase == "block"))
 
+    @property
+    def learns(self) -> bool:
+        """Whether a migration learns from the block's output."""
+        return any(t.learn is not None for t in self.steps)
+
     @functools.cached_property
     def encoding(self) -> Transform:
         """The steps that choose scales and codes, as one."""
@@ -114,9 +119,9 @@ class Plan:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Every statistic that must be calibrated, and "activations" where blocks are tuned on them; none
-        means that no data is needed."""
-        tuned = ["activations"] if self.tuning else []
+        """Every statistic that must be calibrated, and "activations" where steps learn from those of a block;
+        none means that no data is needed."""
+        tuned = ["activations"] if self.tuning or self.learns else []
         learned = (need for t in self.steps if t.phase == "model" for need in t.needs)
         return tuple(dict.fromkeys([*learned, *self.watched, *self.encoding.needs, *tuned]))
 
@@ -133,7 +138,7 @@ class Plan:
         seen = ("gram", "seen_gram", "count")
         gradients = "gram" in self.encoding.needs and self.recipe.calibration.gradients
         needs = self.watched or [need for need in self.encoding.needs if need not in seen]
-        return bool(needs or self.tuning or gradients) or not self.sequential
+        return bool(needs or self.tuning or self.learns or gradients) or not self.sequential
 
     def stages(self, block: Block | None) -> tuple[tuple[str, ...], ...]:
         """The weights to encode, as groups that the encoding steps are called with, one after the other.

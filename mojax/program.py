@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mojax import attention, beside, experts, interpret, simulate
+from mojax import attention, beside, experts, flat, interpret, simulate
 from mojax.cache import Cache
 from mojax.compile import jit
 from mojax.formats.base import Format, QTensor
@@ -27,6 +27,7 @@ class Program(NamedTuple):
     inputs: tuple[tuple[str, Format], ...] = ()  # (module, format) whose values are simulated
     cache: Cache | None = None  # of this layer
     rotated: tuple[tuple[str, int], ...] = ()  # (module, order of the Hadamard blocks that rotate its input)
+    grows: bool = False  # whether gradients know that scales of inputs follow them: `simulate.grown`
 
 
 @jit(static_argnums=(0, 1))
@@ -102,13 +103,15 @@ def watched(
             x, branch = place.x, beside.branch(params, module) if place.op == "dot" else None
             turned = module in turns and place.op != "gather"
             place = simulate.rotated(turns[module], place) if turned else place
+            if place.op == "dot" and (pair := flat.factors(params, module)):
+                turned, place = True, simulate.passed(lambda rows: flat.turned(rows, *pair), place)
             if module not in inputs or place.op == "gather":
                 tap = look(place, lambda: place.x) if look else None
                 y = place.run() if turned or branch else None
             else:
                 amax = params.get(module + INPUT)
                 tap = look(place, lambda: simulate.round_input(inputs[module], place, amax)) if look else None
-                y = simulate.rounded(inputs[module], place, amax)
+                y = simulate.rounded(inputs[module], place, amax, program.grows)
             return beside.added(y, x, *branch) if branch and y is not None else y, tap
 
         def resumed(place: interpret.Place) -> tuple[Any, Any]:
@@ -128,7 +131,8 @@ def watched(
         def plain(weights: Mapping[str, Any], *args: Any) -> Any:
             return fn(program.config, weights, *args)
 
-        others = (INPUT, MEAN, *beside.LEAVES)
+        added = (*beside.LEAVES, *flat.LEAVES)
+        others = (INPUT, MEAN, *added)
         weights = {name: leaf for name, leaf in params.items() if not name.endswith(others)}
         if (
             look
@@ -136,7 +140,7 @@ def watched(
             or inputs
             or turns
             or any(isinstance(leaf, QTensor) for leaf in weights.values())
-            or any(name.endswith(beside.LEAVES) for name in params)
+            or any(name.endswith(added) for name in params)
             or any(map(experts.starred, weights))  # the interpreter's product of groups is faster
         ):
             return interpret.intercept(plain, resumed)(weights, *args)

@@ -106,6 +106,11 @@ def _ordered(names: Sequence[str], steps: Sequence[Transform]) -> None:
         raise InputError(f"steps: {twice[0]} stands twice; remove one")
     if len(ranks := {step.rank for step in steps if step.rank}) > 1:
         raise InputError(f"steps: branches of ranks {sorted(ranks)}, and a linear has one; give all one rank")
+    flat = [step.name for step in steps if step.flattens]
+    if flat and ranks:
+        raise InputError(
+            f"steps: {flat[0]} turns the inputs that a branch would read as they come; leave out one of them"
+        )
     if not steps[-1].encodes:
         said = ", ".join(names)
         raise InputError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mojax.formats.base import Format, encode_leaf
+from mojax.formats.base import Array, Format, encode_leaf
 from mojax.interpret import Place
 from mojax.kernels.base import decoded
 from mojax.kernels.hadamard import hadamard
@@ -26,6 +26,18 @@ def straight(x: jax.Array, y: jax.Array) -> jax.Array:
 @straight.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return straight(*primals), tangents[0]
+
+
+def grown(format: Format, x: jax.Array, y: Array) -> jax.Array:
+    """`y`, what `x [..., in]` is rounded to, with the gradient of `x`, and for its error with that of the
+    largest magnitude of its block, which sets the scale: y = x + e top / [top], where e and [top] are held.
+    """
+    n = format.block_columns or x.shape[-1]
+    parts = jnp.abs(x.reshape(*x.shape[:-1], -1, n))
+    top = jnp.max(parts, axis=None if format.static and not format.block_columns else -1, keepdims=True)
+    growth = top / jnp.maximum(lax.stop_gradient(top), 1e-30)
+    error = lax.stop_gradient(jnp.asarray(y, jnp.float32) - x).reshape(parts.shape)
+    return x + (error * growth).reshape(x.shape)
 
 
 def leading(batch: tuple[int, ...]) -> int:
@@ -52,12 +64,16 @@ def rotated(block: int, place: Place) -> Place:
     Summed in float32 and rounded to the dtype of the input, as compressed-tensors does it; the gradient is
     that of the rotation.
     """
+    return passed(lambda rows: hadamard(rows, block=block, implementation="xla"), place)
+
+
+def passed(fn: Callable[[jax.Array], jax.Array], place: Place) -> Place:
+    """The place with its input `[..., in]`, along the contracted axes, passed through `fn`."""
     axes = place.axes or (place.x.ndim - 1,)
     order = [*(d for d in range(place.x.ndim) if d not in axes), *axes]
     moved = place.x.transpose(order)
     rows = moved.reshape(*moved.shape[: place.x.ndim - len(axes)], -1)
-    turned = hadamard(rows, block=block, implementation="xla").reshape(moved.shape)
-    turned = turned.transpose(np.argsort(order))
+    turned = fn(rows).reshape(moved.shape).transpose(np.argsort(order))
 
     def run(x: Any = None, w: Any = None, rounding: Inputs | None = None) -> jax.Array:
         return place.run(turned if x is None else x, w, rounding)
@@ -65,14 +81,18 @@ def rotated(block: int, place: Place) -> Place:
     return place._replace(x=turned, run=run)
 
 
-def round_input(format: Format, place: Place, amax: Any = None) -> jax.Array:
+def round_input(format: Format, place: Place, amax: Any = None, grows: bool = False) -> jax.Array:
     """The input of a place encoded and decoded, blocks along the contracted axes; the gradient passes.
 
     Args:
       amax: for a static format, the calibrated maximum: float32 `[]`, or one for every matrix of the
         parameter, `[*batch]`. None: that of the input at hand.
+      grows: whether the gradient is that of `grown`, of a float32 input whose last axis is contracted.
     """
-    x, axes = lax.stop_gradient(place.x), place.axes or (place.x.ndim - 1,)
+    axes = place.axes or (place.x.ndim - 1,)
+    if grows and not place.paired and axes == (place.x.ndim - 1,) and place.x.dtype == jnp.float32:
+        return grown(format, place.x, round_input(format, place, amax))
+    x = lax.stop_gradient(place.x)
     rest = [d for d in range(x.ndim) if d not in (*place.paired, *axes)]
     order = [*place.paired, *rest, *axes]
     moved = x.transpose(order)
@@ -81,15 +101,15 @@ def round_input(format: Format, place: Place, amax: Any = None) -> jax.Array:
     return straight(place.x, rows.reshape(moved.shape).transpose(np.argsort(order)))
 
 
-def rounded(format: Format, place: Place, amax: Any = None) -> jax.Array:
+def rounded(format: Format, place: Place, amax: Any = None, grows: bool = False) -> jax.Array:
     """The result of a place with its input rounded: a product of codes where the parameter is packed.
 
     Args:
-      amax: as for `round_input`.
+      amax, grows: as for `round_input`.
     """
     top = None if amax is None or not format.static else _of_row(amax, place)
     if not place.rounds or (top is not None and top.ndim):  # a kernel takes one scale for all matrices
-        return place.run(x=round_input(format, place, amax))
+        return place.run(x=round_input(format, place, amax, grows))
     return place.run(rounding=Inputs(format, None if top is None else format.outer(top, place.x.dtype)))
 
 

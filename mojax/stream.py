@@ -89,7 +89,7 @@ def encode(
     for module, scheme in context.schemes.items():
         if scheme.inputs is None or not scheme.inputs.static:
             continue
-        if scheme.hadamard:  # a migration that made the leaf did not see the rotation
+        if scheme.hadamard or scheme.flat:  # a migration that made the leaf did not see how inputs are turned
             changed[module + INPUT] = static_maximum(module + ".weight", calibration.encoding(stats))
         elif module + INPUT not in params:
             changed[module + INPUT] = static_maximum(module + ".weight", stats)
@@ -171,8 +171,7 @@ class Stream:
                 log(outcome)
         else:
             out, stats = self._watch(block)
-            context = self.plan.context(block)._replace(log=log)
-            leaves = dict(self.plan.migration.apply(params, stats, context))
+            leaves, stats = self._migrated(block, params, stats, out, log)
         plain, taken = {**params, **leaves}, self._rotated_maxima(block, {**params, **leaves})
         stats, held = Stats((stats if large else _small(stats)) | taken), Held()
 
@@ -184,7 +183,7 @@ class Stream:
 
         leaves |= encode(self.plan, block, plain, stats, observe, log)
         if self.plan.tuning:
-            out = out or through(self.model.program(block), self.model.local(block), self.source)
+            out = out or self._source(block)
             leaves |= self._tune(block, plain, {**params, **leaves}, out, log)
             held = Held()  # of weights that were changed since
         self._advance(block, out, {**params, **leaves}, held)
@@ -207,18 +206,42 @@ class Stream:
         """The source's output of a block, and the statistics that are taken before any step; if any are."""
         plan = self.plan
         if not plan.watched:
-            return None, Stats()
+            return self._source(block) if plan.learns else None, Stats()
         return calibrate_block(self.model, block, self.source, plan.observed(block), plan.watched)
+
+    def _migrated(
+        self,
+        block: Block,
+        params: Mapping[str, Any],
+        stats: Stats,
+        out: Sequence[jax.Array] | None,
+        log: Callable[[Outcome], None],
+    ) -> tuple[dict[str, Any], Stats]:
+        """The leaves that change while the function of the block stays, and the statistics with what steps
+        have learned for that."""
+        context = self.plan.context(block)._replace(log=log)
+        changed: dict[str, Any] = {}
+        for step in (s for s in self.plan.steps if s.phase == "block"):
+            if step.learn is not None:
+                assert out is not None
+                program = self._encoded().program(block)._replace(cache=None, grows=True)
+                passage = Passage(Whole(program), block.prefix, self.source, out)
+                stats = stats.merge(step.learn({**params, **changed}, passage, context))
+            changed |= step.apply({**params, **changed}, stats, context)
+        return changed, stats
+
+    def _source(self, block: Block) -> list[jax.Array]:
+        """The source's output of a block."""
+        return through(self.model.program(block), self.model.local(block), self.source)
 
     def _migrate_all(self, scratch: Path | None, say: Callable[[str], None]) -> Model:
         """The model after the steps that leave its function as it is; blocks are kept for `make`."""
         made: dict[str, Callable[[], Any]] = {}
-        for block in self.model.blocks if self.plan.watched else ():
+        for block in self.model.blocks if self.plan.watched or self.plan.learns else ():
             out, stats = self._watch(block)
             params = {n: self.model.params[n] for n in self.model.params if n.startswith(block.prefix)}
             said: list[Outcome] = []
-            context = self.plan.context(block)._replace(log=said.append)
-            leaves = dict(self.plan.migration.apply(params, stats, context))
+            leaves, stats = self._migrated(block, params, stats, out, said.append)
             kept = _kept(scratch, block, leaves)
             if scratch is not None:  # in memory they are all returned
                 stats = _small(stats)
@@ -234,7 +257,8 @@ class Stream:
     def _rotated_maxima(self, block: Block, plain: Mapping[str, Any]) -> Stats:
         """What static scales of rotated inputs need, under the names that the encoding steps see."""
         schemes = self.plan.context(block).schemes.items()
-        static = [(m, s) for m, s in schemes if s.hadamard and s.inputs is not None and s.inputs.static]
+        turned = [(m, s) for m, s in schemes if s.hadamard or s.flat]
+        static = [(m, s) for m, s in turned if s.inputs is not None and s.inputs.static]
         weights = tuple(m + ".weight" for m, _ in static)
         found = self._observe(block, Stats(), plain, weights, plain, None, ("absmax", "count"))
         return Stats({w + ENCODE: values for w, values in found.items()})
@@ -345,7 +369,7 @@ class Stream:
         """Both streams through the block; the other one with the leaves that it has now."""
         n = len(block.prefix)
         if out is None and self.plan.sourced:
-            out = through(self.model.program(block), self.model.local(block), self.source)
+            out = self._source(block)
         if self.plan.sequential:
             local = {name[n:]: leaf for name, leaf in leaves.items()}
             self.seen = through(self._encoded().program(block), local, self.seen, held.seen)

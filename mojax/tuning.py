@@ -140,18 +140,16 @@ def descend(learner: Learner, problem: Problem, rates: tuple[float, ...], batch:
     """The best iterate of one block."""
     fixed, weights, rest = (learner, problem.run, problem.formats), problem.weights, problem.rest
     count = len(problem.xs)
-    judges = np.arange(min(count, JUDGED)) * count // min(count, JUDGED)
-    parts = np.array_split(judges, -(-len(judges) // batch))
+    parts = judges(count, batch)
 
     def judged(states: Mapping[str, Any]) -> float:
-        errors = (error(*fixed, states, weights, rest, problem.xs[i], problem.ys[i]) for i in parts)
-        return sum(float(e) * len(i) for e, i in zip(errors, parts, strict=True)) / len(judges)
+        return mean_error(lambda i: error(*fixed, states, weights, rest, problem.xs[i], problem.ys[i]), parts)
 
     states = {n: learner.start(format, weights[n]) for n, format in problem.formats}
     before = judged(states)
     best, least = states, before
-    draws = _draws(count, min(batch, count), seed)
-    for t, (rate, i) in enumerate(zip(rates, draws, strict=False), 1):
+    order = draws(count, min(batch, count), seed)
+    for t, (rate, i) in enumerate(zip(rates, order, strict=False), 1):
         states = move(*fixed, states, weights, rest, problem.xs[i], problem.ys[i], jnp.float32(rate))
         if t % EVERY == 0 or t == len(rates):
             now = judged(states)
@@ -159,7 +157,18 @@ def descend(learner: Learner, problem: Problem, rates: tuple[float, ...], batch:
     return Found(best, before, least)
 
 
-def _draws(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
+def judges(count: int, batch: int) -> list[np.ndarray]:
+    """The sequences, of `count`, that choose the best iterate, in parts of at most `batch`."""
+    chosen = np.arange(min(count, JUDGED)) * count // min(count, JUDGED)
+    return np.array_split(chosen, -(-len(chosen) // batch))
+
+
+def mean_error(error: Callable[[np.ndarray], Any], parts: list[np.ndarray]) -> float:
+    """The mean over sequences of `error(indices)`, a mean over those of a part."""
+    return sum(float(error(i)) * len(i) for i in parts) / sum(map(len, parts))
+
+
+def draws(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
     """Which sequences come next: all of them in some order, then again."""
     rng = np.random.default_rng(seed)
     for _ in itertools.count():
@@ -167,8 +176,9 @@ def _draws(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
         yield from (order[i : i + size] for i in range(0, count - size + 1, size))
 
 
-def _error(problem_run: Any, leaves: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(problem_run(leaves, x.astype(jnp.float32)) - y.astype(jnp.float32)))
+def squared_error(run: Any, leaves: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean squared error of a block's output `[sequences, length, hidden]`, float32 `[]`."""
+    return jnp.mean(jnp.square(run(leaves, x.astype(jnp.float32)) - y.astype(jnp.float32)))
 
 
 @jit(static_argnums=(0, 1, 2))
@@ -184,7 +194,7 @@ def error(
 ) -> jax.Array:
     """The mean squared error of the block's output as it would be written, float32 `[]`."""
     found = {n: learner.final(format, weights[n], states[n])[0] for n, format in formats}
-    return _error(run, {**rest, **found}, x, y)
+    return squared_error(run, {**rest, **found}, x, y)
 
 
 @jit(static_argnums=(0, 1, 2))
@@ -201,7 +211,7 @@ def move(
 ) -> dict[str, Any]:
     """The states after one step."""
     used = {n: learner.used(format, weights[n], states[n]) for n, format in formats}
-    slopes = jax.grad(lambda used: _error(run, {**rest, **used}, x, y))(used)
+    slopes = jax.grad(lambda used: squared_error(run, {**rest, **used}, x, y))(used)
     return {n: learner.move(f, weights[n], states[n], slopes[n], rate) for n, f in formats}
 
 

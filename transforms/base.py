@@ -96,6 +96,7 @@ class Passage(NamedTuple):
 
 
 Tune = Callable[[Params, Passage, Context], Params]
+Learn = Callable[[Params, Passage, Context], Stats]
 
 
 class Transform(NamedTuple):
@@ -119,6 +120,10 @@ class Transform(NamedTuple):
         its last "encode" step with every leaf of it, encoded ones as `QTensor`s, and with their matrices of
         full precision as `context.targets`; returns the leaves it changes. Such a step's `apply` encodes what
         no step before it has.
+      learn: `(params, passage, context) -> stats` of a step of the "block" phase, called with every leaf of a
+        block, as the steps before have made them: what its `apply` finds in `stats` from then on. `passage`
+        is of the source, with inputs rounded; its gradients know that scales follow what is rounded.
+      flattens: whether it puts learned matrices before the linears of blocks, as leaves (`mojax.flat`).
       rank: of the branch that it puts beside the linears of blocks, as leaves (`mojax.beside`); 0 for none.
       name: that of its file, where it comes from a recipe.
     """
@@ -130,6 +135,8 @@ class Transform(NamedTuple):
     phase: Phase = "block"
     turns: tuple[str, ...] = ()
     tune: Tune | None = None
+    learn: Learn | None = None
+    flattens: bool = False
     rank: int = 0
     name: str = ""
 

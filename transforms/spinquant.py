@@ -24,6 +24,7 @@ from mojax.errors import InputError
 from mojax.formats.base import Format, Scheme
 from mojax.kernels.hadamard import hadamard
 from mojax.kernels.hadamard_matrices import dividing, signs
+from mojax.simulate import grown
 from mojax.transforms.base import Context, Outcome, Params, Stats, Transform
 
 MOMENTUM = 0.9
@@ -82,14 +83,7 @@ class Term(NamedTuple):
 
 def rounded(format: Format | None, x: jax.Array) -> jax.Array:
     """`x [rows, n]` encoded and decoded; the error has the gradient of the largest magnitude of its block."""
-    if format is None:
-        return x
-    n = format.block_columns or x.shape[-1]
-    parts = jnp.abs(x.reshape(len(x), -1, n))
-    top = jnp.max(parts, axis=None if format.static and not format.block_columns else -1, keepdims=True)
-    growth = top / jnp.maximum(lax.stop_gradient(top), 1e-30)
-    error = lax.stop_gradient(jnp.asarray(format.fake(x), jnp.float32) - x).reshape(parts.shape)
-    return x + (error * growth).reshape(x.shape)
+    return x if format is None else grown(format, x, lax.stop_gradient(format.fake(x)))
 
 
 def turned(x: jax.Array, r: jax.Array | None) -> jax.Array:

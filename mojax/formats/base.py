@@ -353,17 +353,21 @@ class Scheme(NamedTuple):
         along the input axis: inputs are rotated when the linear runs, its weight before it was encoded.
         0 for no rotation.
       rank: of the branch A, B beside it; 0 for none.
+      flat: whether its input passes learned matrices when it runs, which its weight has absorbed the inverse
+        of; see `mojax.flat`.
     """
 
     weights: Format
     inputs: Format | None = None
     hadamard: int = 0
     rank: int = 0
+    flat: bool = False
 
     @property
     def label(self) -> str:
         """`nvfp4, inputs as they are`, `mxfp4, inputs mxfp4, both rotated by hadamard 32`."""
         turned = f", both rotated by hadamard {self.hadamard}" if self.hadamard else ""
         beside = f", beside a branch of rank {self.rank}" if self.rank else ""
+        flat = ", both through learned matrices" if self.flat else ""
         inputs = self.inputs.label if self.inputs else "as they are"
-        return f"{self.weights.label}, inputs {inputs}{turned}{beside}"
+        return f"{self.weights.label}, inputs {inputs}{turned}{flat}{beside}"

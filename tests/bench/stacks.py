@@ -87,4 +87,4 @@ def _layer(base: str, number: int) -> dict[str, Any]:
 
 def kept_here(name: str) -> bool:
     """Whether no file can hold it, so that it is judged in memory."""
-    return name.startswith("kv_")
+    return name.startswith("kv_") or "flatquant" in name
