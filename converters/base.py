@@ -7,7 +7,8 @@ A dialect is a file here that says how one family of servers names and stores en
   parse, read, read_cache                 config.json and tensors -> schemes, QTensors, calibrated maxima
   check, check_cache, config, layout, write, write_cache     the way back
   branch                                  names of the two tensors of a low-rank branch, if there can be one
-  ADAPTER                                 what begins their names, where they lie in a LoRA adapter
+  ADAPTER                                 the file that says how they lie in a LoRA adapter, where they do:
+                                          PREFIX of their names, FOLDER, CONFIG, TENSORS, settings, NOTE
 """
 
 from __future__ import annotations

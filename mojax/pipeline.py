@@ -74,21 +74,32 @@ def calibrate(model: Model, plan: Plan, tokens: np.ndarray) -> Stats:
 def apply(
     model: Model,
     plan: Plan,
-    stats: Mapping[str, Mapping[str, Any]],
+    stats: Mapping[str, Mapping[str, Any]] | np.ndarray,
     log: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Model:
     """The model with its weights encoded as the plan says. Pure: the given model is unchanged.
 
     Args:
+      stats: of `calibrate`, for several uses; or tokens, int32 `[sequences, length]`: then calibration and
+        steps run once, block by block, as in `optimize`.
       log: called with the outcome of every step for every weight.
     Raises:
-      InputError: a step tunes whole blocks, for which statistics are not enough.
+      InputError: a step tunes whole blocks, for which statistics are not enough: give tokens.
     """
-    _untuned(plan)
-    model = rewrite.rewritten(as_source(model), plan, stats)
+    model, seen = as_source(model), None
+    if not isinstance(stats, Mapping):
+        tokens, stats = stats, rewrite.learned(model, plan, stats, log)
+        model = rewrite.rewritten(model, plan, stats)
+        seen = Stream(model, plan, tokens) if plan.needs else None
+    else:
+        _untuned(plan)
+        model = rewrite.rewritten(model, plan, stats)
     params: dict[str, Any] = dict(model.params)
     for block in (None, *model.blocks):
         prefix = block.prefix if block else ""
+        if block is not None and seen is not None:
+            params |= seen.make(block, log, large=False).leaves
+            continue
         mine = {r.name: params[r.name] for r in plan.rows if r.block == prefix}
         params |= transform(plan, block, mine, stats, log=log)
     return dataclasses.replace(model, params=params, schemes=plan.schemes, cache=plan.cache)
@@ -97,8 +108,8 @@ def apply(
 def _untuned(plan: Plan) -> None:
     if tuning := [step.name or "a step" for step in plan.steps if step.tune]:
         raise InputError(
-            f"steps: {tuning[0]} tunes whole blocks on their activations, which statistics do not hold; use "
-            "mojax.optimize or `mojax quantize`, which do it block by block, or leave this step out"
+            f"steps: {tuning[0]} tunes whole blocks on their activations, which statistics do not hold; give "
+            "the tokens to mojax.apply in their place, or use mojax.optimize or `mojax quantize`"
         )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from mojax import beside, checkpoint, experts, model, rewrite
 from mojax.converters import base as dialects
-from mojax.converters.compressed_tensors import adapter
 from mojax.distance import exact_blocks, folded, recorded, weight_errors
 from mojax.errors import InputError
 from mojax.formats.base import Format, QTensor
@@ -201,11 +200,11 @@ class _Check:
 
     def branches(self) -> None:
         """Every tensor of an adapter is beside a weight; and a server must be told of the adapter."""
-        begins = getattr(self.dialect, "ADAPTER", None)
-        found = {n for n in self.files_out if begins and n.startswith(begins)}
+        adapter = getattr(self.dialect, "ADAPTER", None)
+        found = {n for n in self.files_out if adapter and n.startswith(adapter.PREFIX)}
         for name in sorted(found - model.branches(self.dialect, self.out.schemes)):
             self.differences.append(f"{name}: is in the adapter, and no encoded weight is beside it")
-        if found:
+        if adapter and found:
             self.notes.append(adapter.NOTE)
 
     def ignored(self) -> None:

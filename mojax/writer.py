@@ -15,7 +15,6 @@ import numpy as np
 
 from mojax import beside, checkpoint, experts
 from mojax.cache import LARGEST
-from mojax.converters.compressed_tensors import adapter
 from mojax.errors import InputError
 from mojax.formats.base import QTensor, Scheme
 from mojax.model import Model
@@ -175,8 +174,8 @@ class Writer:
                 tensors |= self._tensors(row, params)
             if i == 0 and unit.prefix and self.plan.cache is not None:
                 tensors |= self._cache(unit.prefix, params)
-            adapted = getattr(self.plan.dialect, "ADAPTER", None)
-            if apart := {n: t for n, t in tensors.items() if adapted and n.startswith(adapted)}:
+            adapter = getattr(self.plan.dialect, "ADAPTER", None)
+            if apart := {n: t for n, t in tensors.items() if adapter and n.startswith(adapter.PREFIX)}:
                 checkpoint.write_shard(self.scratch / (APART + name), apart)  # `done` looks at the other one
             checkpoint.write_shard(self.partial / name, {n: t for n, t in tensors.items() if n not in apart})
 
@@ -244,7 +243,7 @@ class Writer:
     def _adapter(self) -> None:
         """The branches of all units as one LoRA adapter, in a dialect that keeps them so."""
         modules = {m: s.rank for m, s in self.plan.modules.items() if s.rank}
-        if not modules or not hasattr(self.plan.dialect, "ADAPTER"):
+        if not modules or (adapter := getattr(self.plan.dialect, "ADAPTER", None)) is None:
             return
         tensors: dict[str, np.ndarray] = {}
         for piece in sorted(self.scratch.glob(APART + "*")):

@@ -329,6 +329,23 @@ def test_a_block_in_between_computes_what_a_packed_one_does():
     assert all(jnp.any(slopes[n] != 0) for n, w in local.items() if isinstance(w, QTensor))
 
 
+def test_tokens_tune_in_memory_as_in_files(tmp_path):
+    small, out = "tests/golden/models/llama", tmp_path / "out"
+    seen = np.random.default_rng(0).integers(3, 512, (16, 64)).astype(np.int32)
+    np.savez(tmp_path / "seen.npz", tokens=seen)
+    said = recipe(("smoothquant", {}), ("gptq", {}), ("autoround", {"steps": 2}))
+    model = mojax.load(small)
+    told = []
+    made = mojax.apply(model, mojax.plan(model, said), seen, log=told.append)
+    mojax.optimize(small, said, out, calibration_text=str(tmp_path / "seen.npz"), evaluate=False)
+    written = mojax.load(out)
+    assert {o.step for o in told} == {"gptq", "autoround"}
+    assert set(written.schemes) == set(made.schemes) and set(written.params) == set(made.params)
+    for name, leaf in made.params.items():
+        pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(written.params[name]), strict=True)
+        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs), name
+
+
 def test_statistics_alone_cannot_tune():
     model = mojax.load("tiny")
     plan = mojax.plan(model, recipe(("autoround", {})))

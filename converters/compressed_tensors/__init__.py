@@ -1,6 +1,6 @@
 """The compressed-tensors dialect, as llm-compressor writes it and vLLM and transformers read it."""
 
-from mojax.converters.compressed_tensors.adapter import PREFIX as ADAPTER
+from mojax.converters.compressed_tensors import adapter as ADAPTER
 from mojax.converters.compressed_tensors.adapter import branch, joined
 from mojax.converters.compressed_tensors.schemes import ARITHMETIC, DIALECT, check, check_cache, config, parse
 from mojax.converters.compressed_tensors.tensors import (

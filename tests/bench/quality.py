@@ -148,7 +148,7 @@ def measure(work: Path, model: Path, recipe: str, seed: int) -> dict[str, Any]:
         elif stacks.kept_here(recipe):
             plan = mojax.plan(reference, mojax.load_recipe(stacks.recipe(recipe)), target="mojax")
             ids = numbers.tokens(work, model, "calibration", seed).astype(np.int32)
-            quantized = mojax.apply(reference, plan, mojax.calibrate(reference, plan, ids))
+            quantized = mojax.apply(reference, plan, ids)
         else:
             said = mojax.load_recipe(stacks.recipe(recipe))
             own = "@" in recipe  # it says itself how much text calibrates
