@@ -10,7 +10,7 @@ import pytest
 from moe_models import tiny_mixtral, tiny_qwen3_moe
 
 import mojax
-from mojax import calibration, gradients, pipeline
+from mojax import calibration, checkpoint, gradients, pipeline, verify
 from mojax.formats.base import QTensor
 from mojax.planner import plan
 from mojax.recipe import adjusted, load_recipe
@@ -316,3 +316,18 @@ def test_outcomes_in_few_words():
     assert rows[0] == {"step": "gptq", "weights": 3, "left_alone": 1, "objective": pytest.approx(1.75 / 3)}
     assert rows[1]["objective"] is None
     assert outcomes.notes(did) == ("gptq: b, c: few tokens",)
+
+
+def test_verify_tells_error_feedback_from_other_numbers(model, tmp_path):
+    """Feedback may leave much in directions that hardly matter; swapped nibbles are something else."""
+    chosen = recipe("nvfp4", ["gptq"])
+    todo = plan(model, chosen)
+    mojax.optimize("tiny", chosen, tmp_path / "out", evaluate=False)
+    assert max(verify.verify(tmp_path / "out", "tiny", plan=todo).errors.values()) < 0.5
+    shard = next((tmp_path / "out").glob("*.safetensors"))
+    name = "model.layers.0.self_attn.v_proj.weight_packed"
+    table = {n: np.array(t) for n, t in checkpoint.read_shard(shard).items()}
+    table[name] = table[name] << 4 | table[name] >> 4
+    checkpoint.write_shard(shard, table)
+    with pytest.raises(verify.VerifyError, match=r"v_proj.weight: decodes to something else .*error 1\.[34]"):
+        verify.verify(tmp_path / "out", "tiny", plan=todo)

@@ -114,7 +114,8 @@ def quantize(tmp_path_factory):
     def make(name, source="tiny"):
         out = tmp_path_factory.mktemp("quantized") / "out"
         target = "vllm" if name in DEQUANTIZED else "transformers"
-        mojax.optimize(source, name, out, target=target, evaluate=False)
+        small = recipe.adjusted(recipe.load_recipe(name), sequences=16, length=64)
+        mojax.optimize(source, small, out, target=target, evaluate=False)
         return out
 
     return make
@@ -161,10 +162,22 @@ def test_packed_and_decoded_are_as_far(name, quantize, tokens, source):
 SHIPPED = [n for n in distinct() if n not in ("nf4", "int8_hadamard", "mxfp4_hadamard", "mxfp4_rotated")]
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, "int4_best"])  # the last has negative scales
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_client_computes_what_mojax_computes(name, quantize, tokens, source):
     folder = quantize(name)
     agree(folder, tokens, source, ask(folder, tokens, **options(name)))
+
+
+def test_negative_scales_are_the_same_in_the_client(quantize, tokens, source, tmp_path):
+    """As those of int4_best."""
+    path = tmp_path / "signed.yaml"
+    path.write_text(json.dumps({"extends": "int4", "steps": [{"local_hessian": {"signed": True}}, "gptq"]}))
+    folder = quantize(str(path))
+    model = mojax.load(folder)
+    assert any(
+        (np.asarray(model.params[m + ".weight"].scales["inner"], np.float32) < 0).any() for m in model.schemes
+    )
+    agree(folder, tokens, source, ask(folder, tokens))
 
 
 def written(tmp_path, *rules):
