@@ -72,6 +72,9 @@ ALL = {
         *(f"{base}/{s}" for base in ("int4", "int4_g32") for s in (SIGNED, f"qep1+{SIGNED}")),
         *("int4_g32/rtn", f"int4_g32/gradients+qep+{SIGNED}"),
         "int8_static/rtn",
+        *("nvfp4/flatquant+rtn", "mxfp4/flatquant+rtn", "int8_static/flatquant+rtn"),
+        *(f"mxfp4/{s}" for s in (f"flatquant+{ONE}", f"gradients+awq+flatquant+qep+{ONE}")),
+        f"nvfp4/gradients+awq+flatquant+qep+{ONE}",
     ),
     "llm-compressor": (
         *(f"nvfp4_weight_only/{s}" for s in (*BOTH, "expanded", "expanded+gptq")),
@@ -263,7 +266,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Of one model: the best of each side at every format, at the bits of the format."""
+    """Of one model: the best of each side at every format, at the bits of the format; of ours what a file holds."""
     import mojax
 
     def streamed(row: Row) -> bool:
@@ -276,7 +279,7 @@ def summary(rows: list[Row]) -> str:
     head = "format | nearest | the others' best | ours without gradients | ours | less than theirs by"
     lines = [f"| {head} |", "|---" * 6 + "|"]
     for name, words in FORMATS.items():
-        mine = [r for r in rows if r.form == name and r.tool == "mojax"]
+        mine = [r for r in rows if r.form == name and r.tool == "mojax" and not stacks.kept_here(r.recipe)]
         others = [r for r in rows if r.form == name and r.tool != "mojax"]
         nearest = [r for r in mine if r.recipe in (name, f"{name}/rtn")]
         budget = min((r.bits for r in (*mine, *others)), default=0) + 0.25
