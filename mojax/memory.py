@@ -12,16 +12,28 @@ from mojax.plans import READS, Plan, Row
 from mojax.threads import cores
 
 SQUARE = ("gram", "seen_gram", "drift")  # statistics [in, in]
+DESCENT = 4  # a weight, what is learned of it, rounded, and its slope
 SOLVING = 5  # matrices as large as H beside it: damped, in order, factored, inverted, and one on the way
 
 
 def expected(plan: Plan, tokens: int) -> int:
     """Bytes to expect: the largest block three times (experts five), activations of `tokens` in both streams,
-    and `statistics`."""
+    `statistics`, and what descent on a block's output needs."""
     size: dict[str, int] = {}
     for r in plan.rows:  # experts are stacked and decoded whole
         size[r.block] = size.get(r.block, 0) + r.before * (5 if experts.starred(r.name) else 3)
-    return max(size.values()) + 2 * tokens * _hidden(plan) * 4 + statistics(plan, tokens)
+    both = 2 * tokens * _hidden(plan) * 4
+    descent = _descent(plan) + both if plan.tuning or plan.learns else 0
+    return max(size.values()) + both + statistics(plan, tokens) + descent
+
+
+def _descent(plan: Plan) -> int:
+    """The weights of a block in float32, `DESCENT` times."""
+    size: dict[str, int] = {}
+    for r in plan.rows:
+        if r.scheme is not None and r.block:
+            size[r.block] = size.get(r.block, 0) + 4 * math.prod(r.shape)
+    return DESCENT * max(size.values(), default=0)
 
 
 def statistics(plan: Plan, tokens: int) -> int:

@@ -111,6 +111,10 @@ def test_a_plan_counts_what_statistics_need(model):
     assert found[3] >= found[2] + sum(4 * r.shape[0] ** 2 for r in rows)  # G of all of them
     todo = planned(model, "int4", ["gptq"])
     assert memory.expected(todo, 1000) > found[1]
+    plain, tuned = (planned(model, "int4", steps) for steps in (["rtn"], ["autoround"]))
+    block = [r for r in rows if r.block == rows[0].block]
+    more = sum(4 * 4 * np.prod(r.shape) for r in block)
+    assert memory.expected(tuned, 1000) >= memory.expected(plain, 1000) + more
 
 
 def test_sums_are_added_in_place_and_in_order():

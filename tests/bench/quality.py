@@ -266,7 +266,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Of one model: the best of each side at every format, at the bits of the format; of ours what a file holds."""
+    """Of one model: the best of each side at every format, at its bits; of ours what a file can hold."""
     import mojax
 
     def streamed(row: Row) -> bool:
