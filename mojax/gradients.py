@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mojax import calibration, interpret
+from mojax import calibration, interpret, simulate
 from mojax.compile import jit
 from mojax.model import Model
 from mojax.models.layers import Block
@@ -144,9 +144,10 @@ def pull(
 
     def run(x: jax.Array, shifts: Mapping[str, jax.Array] | None) -> tuple[jax.Array, dict[str, Any]]:
         def hook(place: interpret.Place) -> tuple[Any, Any]:
+            turned = simulate.flattened(params, place)
             if place.name not in names or place.op not in READS:
-                return None, None
-            y = place.run()
+                return None if turned is place else turned.run(), None
+            y = turned.run()
             return (y if shifts is None else y + shifts[place.name]), (y, place.groups)
 
         def block(params: Mapping[str, Any], x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mojax.header import Entry, header_length, parse_header
 
 _SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
 _OTHER = ["*/*.safetensors", "original/*", ".git/*", ".cache/*"]
+_ADAPTER = "adapter/adapter_model.safetensors"  # the branches of a checkpoint of ours
 _UNUSED = [w for w in WEIGHTS if w != "*.safetensors"] + _OTHER
 _FIRST = 1 << 17  # bytes; holds most headers, so that most shards take one request
 
@@ -39,9 +40,13 @@ def download(source: str, *, revision: str | None = None) -> Path:
     hub = _client(source)
     with _explained(source, revision):
         names = _list_files(hub, source, revision)
-        if names is not None and not any(n.endswith(".safetensors") for n in names):
-            choose_shards(source, names, None)  # raises before anything is downloaded
-        return Path(hub.snapshot_download(source, revision=revision, ignore_patterns=_UNUSED))
+        top = _top(names or ())
+        if names is not None and not any(n.endswith(".safetensors") for n in top):
+            choose_shards(source, top, None)  # raises before anything is downloaded
+        folder = Path(hub.snapshot_download(source, revision=revision, ignore_patterns=_UNUSED))
+        if _ADAPTER in (names or ()):
+            hub.hf_hub_download(source, _ADAPTER, revision=folder.name)
+        return folder
 
 
 def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
@@ -61,10 +66,13 @@ def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
     config = read_config(folder)
     index = folder / INDEX
     indexed = read_index(index) if index.exists() else None
-    files = [folder / n for n in choose_shards(source, names, indexed)]
+    files = [folder / n for n in choose_shards(source, _top(names), indexed)]
+    adapter = [folder / _ADAPTER] if _ADAPTER in names and "quantization_config" in config else []
     with _explained(source, revision), ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda file: _fetch_header(hub, source, file), files))
-    entries = join_shards(dict(zip(files, headers, strict=True)), indexed, index)
+        headers = list(pool.map(lambda file: _fetch_header(hub, source, folder, file), files + adapter))
+    entries = join_shards(dict(zip(files, headers, strict=False)), indexed, index)
+    for file, header in zip(adapter, headers[len(files) :], strict=True):
+        entries = entries | join_shards({file: header}, None, file)
     return Checkpoint(folder, config, entries, headers_only=True)
 
 
@@ -81,7 +89,7 @@ def _client(source: str) -> Any:
 
 
 def _list_files(hub: Any, source: str, revision: str | None) -> list[str] | None:
-    """The names of the top-level files; None when the hub cannot be reached."""
+    """The names of all files; None when the hub cannot be reached."""
     if hub.constants.HF_HUB_OFFLINE:
         return None
     try:
@@ -90,13 +98,16 @@ def _list_files(hub: Any, source: str, revision: str | None) -> list[str] | None
         if isinstance(error, hub.errors.HfHubHTTPError) or not _of_transport(error):
             raise
         return None  # the cache may have the model; the download that follows says if not
-    return sorted(s.rfilename for s in info.siblings or () if "/" not in s.rfilename)
+    return sorted(s.rfilename for s in info.siblings or ())
 
 
-def _fetch_header(hub: Any, source: str, file: Path) -> list[Entry]:
-    url = hub.hf_hub_url(
-        source, file.name, revision=file.parent.name
-    )  # a snapshot's folder is named by its commit
+def _top(names: Iterable[str]) -> list[str]:
+    return [n for n in names if "/" not in n]
+
+
+def _fetch_header(hub: Any, source: str, folder: Path, file: Path) -> list[Entry]:
+    name = file.relative_to(folder).as_posix()
+    url = hub.hf_hub_url(source, name, revision=folder.name)  # a snapshot's folder is named by its commit
     data, size = _fetch(hub, url, 0, _FIRST)
     length = header_length(data[:8], size, file)
     if len(data) < 8 + length:

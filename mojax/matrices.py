@@ -184,7 +184,7 @@ def encode(
     work = [(g, i) for g in groups(context) for i in range(len(found[g[0]].matrices))]
     same = {n: id(stats[n]["gram"]) if "gram" in stats.get(n, {}) else n for n in found}
     left = collections.Counter((same[n], i) for group, i in work for n in group)
-    shared = {key: Shared() for key in left}
+    shared, lock = {key: Shared() for key in left}, threading.Lock()
 
     def run(item: tuple[tuple[str, ...], int]) -> dict[str, tuple[QTensor, Solved]]:
         group, i = item
@@ -192,9 +192,10 @@ def encode(
         for m in _matrices(found, group, i, params, stats, context, outer):
             key = same[m.name], i
             solved = solve(m._replace(shared=shared[key]))
-            left[key] -= 1
-            if not left[key]:
-                shared.pop(key, None)
+            with lock:
+                left[key] -= 1
+                if not left[key]:
+                    del shared[key]
             if solved.values is None:
                 q = m.format.encode_as(jnp.asarray(m.w), solved.scales)
             else:

@@ -52,7 +52,7 @@ def statistics(plan: Plan, tokens: int) -> int:
         sums = max(squares, default=0) * encoding * (1 + cores()) if encoding else 0
         solving = SOLVING * 4 * max((width for width, _ in widths), default=0) ** 2 if encoding else 0
         whole = sum(squares) * moving * (1 + cores())
-        streams = 2 if "drift" in plan.encoding.needs else 1
+        streams = max(1, plan.sourced + plan.sequential)
         kept = streams * sum(bytes_held(tokens, width) for width, many in widths[1:] if many == 1)
         kept = kept if encoding else 0
         found.append(max(sums + solving + kept, whole))

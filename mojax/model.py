@@ -326,7 +326,8 @@ def _shape(names: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def _encoded(model: Model, dialect: ModuleType) -> Model:
     files = model.checkpoint
     assert files is not None
-    modules = linears(model, files)
+    adapter = getattr(dialect, "ADAPTER", None)
+    modules = [m for m in linears(model, files) if not (adapter and m.startswith(adapter.PREFIX))]
     count = {m: model.shapes[m + ".weight"][0] if experts.starred(m) else 1 for m in modules}
     if problems := experts.modules_missing(files, {m: (count[m],) for m in modules if experts.starred(m)}):
         raise PlanError(problems)

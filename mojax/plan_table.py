@@ -88,6 +88,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "inputs": r.scheme.inputs.label if r.scheme and r.scheme.inputs else None,
             "hadamard": r.scheme.hadamard or None if r.scheme else None,
             "rank": r.scheme.rank or None if r.scheme else None,
+            "flat": r.scheme.flat or None if r.scheme else None,
             "shares_scale_with": r.shared or None,
             "bytes_before": r.before,
             "bytes_after": r.after,

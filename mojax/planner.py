@@ -313,7 +313,8 @@ class _Planner:
 
     def _data(self, rows: list[Row], steps: Sequence[Transform], cache: Cache | None) -> None:
         static = any(r.scheme and r.scheme.inputs and r.scheme.inputs.static for r in rows)
-        if self.model.family is None and (static or any(s.needs or s.tune for s in steps) or cache):
+        needs = static or cache or any(s.needs or s.tune or s.learn for s in steps)
+        if self.model.family is None and needs:
             self.problems.append(
                 f"{self.recipe.name} needs calibration, and model_type "
                 f"{self.model.config.get('model_type')!r} has no "

@@ -103,8 +103,8 @@ def watched(
             x, branch = place.x, beside.branch(params, module) if place.op == "dot" else None
             turned = module in turns and place.op != "gather"
             place = simulate.rotated(turns[module], place) if turned else place
-            if place.op == "dot" and (pair := flat.factors(params, module)):
-                turned, place = True, simulate.passed(lambda rows: flat.turned(rows, *pair), place)
+            flattened = simulate.flattened(params, place)
+            turned, place = turned or flattened is not place, flattened
             if module not in inputs or place.op == "gather":
                 tap = look(place, lambda: place.x) if look else None
                 y = place.run() if turned or branch else None

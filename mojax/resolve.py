@@ -107,6 +107,11 @@ def _ordered(names: Sequence[str], steps: Sequence[Transform]) -> None:
     if len(ranks := {step.rank for step in steps if step.rank}) > 1:
         raise InputError(f"steps: branches of ranks {sorted(ranks)}, and a linear has one; give all one rank")
     flat = [step.name for step in steps if step.flattens]
+    late = [n for n, step in zip(names, steps, strict=True) if step.phase == "block" and n not in flat]
+    if flat and late and names.index(late[-1]) > names.index(flat[0]):
+        raise InputError(
+            f"steps: {late[-1]} scales channels, which {flat[0]} before it has mixed; put {late[-1]} first"
+        )
     if flat and ranks:
         raise InputError(
             f"steps: {flat[0]} turns the inputs that a branch would read as they come; leave out one of them"

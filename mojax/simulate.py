@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mojax import flat
 from mojax.formats.base import Array, Format, encode_leaf
 from mojax.interpret import Place
 from mojax.kernels.base import decoded
@@ -31,13 +32,15 @@ def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 def grown(format: Format, x: jax.Array, y: Array) -> jax.Array:
     """`y`, what `x [..., in]` is rounded to, with the gradient of `x`, and for its error with that of the
     largest magnitude of its block, which sets the scale: y = x + e top / [top], where e and [top] are held.
+    Blocks of several rows count row by row.
     """
     n = format.block_columns or x.shape[-1]
-    parts = jnp.abs(x.reshape(*x.shape[:-1], -1, n))
+    edge = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % n)]
+    parts = jnp.pad(jnp.abs(x), edge).reshape(*x.shape[:-1], -1, n)
     top = jnp.max(parts, axis=None if format.static and not format.block_columns else -1, keepdims=True)
-    growth = top / jnp.maximum(lax.stop_gradient(top), 1e-30)
-    error = lax.stop_gradient(jnp.asarray(y, jnp.float32) - x).reshape(parts.shape)
-    return x + (error * growth).reshape(x.shape)
+    growth = jnp.broadcast_to(top / jnp.maximum(lax.stop_gradient(top), 1e-30), parts.shape)
+    growth = growth.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return x + lax.stop_gradient(jnp.asarray(y, jnp.float32) - x) * growth
 
 
 def leading(batch: tuple[int, ...]) -> int:
@@ -65,6 +68,12 @@ def rotated(block: int, place: Place) -> Place:
     that of the rotation.
     """
     return passed(lambda rows: hadamard(rows, block=block, implementation="xla"), place)
+
+
+def flattened(params: Mapping[str, Any], place: Place) -> Place:
+    """The place with its input through the learned matrices of its module (`mojax.flat`); itself without."""
+    pair = flat.factors(params, place.name.removesuffix(".weight")) if place.op == "dot" else None
+    return place if pair is None else passed(lambda rows: flat.turned(rows, *pair), place)
 
 
 def passed(fn: Callable[[jax.Array], jax.Array], place: Place) -> Place:

@@ -26,7 +26,7 @@ def each(work: Callable[[A], B], items: Iterable[A]) -> list[B]:
 
 
 def flow(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """The same, one result after the other; no more of them wait than run side by side."""
+    """The same, one result after the other; one more than run side by side may wait."""
     with ThreadPoolExecutor(max_workers=cores()) as pool:
         begun: collections.deque = collections.deque()
         for item in items:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,12 +241,15 @@ class Writer:
         self._update()
 
     def _adapter(self) -> None:
-        """The branches of all units as one LoRA adapter, in a dialect that keeps them so."""
+        """The branches of all units as one LoRA adapter, in a dialect that keeps them so; once."""
         modules = {m: s.rank for m, s in self.plan.modules.items() if s.rank}
         if not modules or (adapter := getattr(self.plan.dialect, "ADAPTER", None)) is None:
             return
+        pieces = sorted(self.scratch.glob(APART + "*"))
+        if not pieces:  # a run that was interrupted later has made it
+            return
         tensors: dict[str, np.ndarray] = {}
-        for piece in sorted(self.scratch.glob(APART + "*")):
+        for piece in pieces:
             tensors |= checkpoint.read_shard(piece)
         others = [n for r in self.plan.rows if r.role == "linear" for n in r.names]
         others = [m for m in (n.removesuffix(".weight") for n in others) if m not in modules]
@@ -360,7 +363,10 @@ def export(model: Model, out: str | Path, *, plan: Plan, max_shard_size: int = 5
 
 def unit_params(model: Model, unit: Unit) -> dict[str, Any]:
     """The leaves of one unit, statistics of inputs included."""
-    names: Iterable[str] = (r.name for _, rows in unit.files for r in rows)
+    names = [r.name for _, rows in unit.files for r in rows]
     if unit.prefix:
         names = [n for n in model.params if n.startswith(unit.prefix)]
+    else:  # of a model whose blocks are not known
+        low = (n for name in names for n in beside.leaves(name.removesuffix(".weight")))
+        names = [*names, *(n for n in low if n in model.params)]
     return {n: model.params[n] for n in names}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import mojax
 from mojax import flat
 from mojax.calibration import Stats
 from mojax.errors import InputError, PlanError
-from mojax.formats import int8, mxfp4
+from mojax.formats import fp8, int8, mxfp4
 from mojax.formats.base import QTensor
 from mojax.kernels.hadamard import hadamard
 from mojax.recipe import load_recipe
@@ -269,10 +268,13 @@ def test_two_sided_feedback_goes_through_the_matrices():
         }
     )
     plan = mojax.plan(llama(), made, target="mojax")
-    stats = mojax.calibrate(llama(), plan, tokens())
-    name = "model.layers.1.mlp.down_proj.weight"
-    assert stats[name + "@encode"]["output_gram"].ndim >= 2 and stats[name][flat.LEFT].size
-    assert np.isfinite(mojax.evaluate(mojax.apply(llama(), plan, stats), llama(), tokens()).kl_mean)
+    plain = dataclasses.replace(plan, steps=plan.steps[1:])
+    flattened, found = (mojax.calibrate(llama(), p, tokens()) for p in (plan, plain))
+    for module in plan.schemes:
+        g, expected = (s[module + ".weight@encode"]["output_gram"] for s in (flattened, found))
+        assert distance(g, expected) < 0.05, module  # the function is the same: only weights were rounded
+    assert flattened["model.layers.0.mlp.up_proj.weight"][flat.LEFT].size
+    assert np.isfinite(mojax.evaluate(mojax.apply(llama(), plan, flattened), llama(), tokens()).kl_mean)
 
 
 def test_static_scales_are_those_of_turned_inputs():
@@ -342,6 +344,26 @@ def test_a_branch_reads_inputs_as_they_come():
         planned("flatquant", {"svdquant": {"rank": 4}}, "rtn")
 
 
+@pytest.mark.parametrize("late", ["smoothquant", "awq"])
+def test_channels_are_scaled_before_they_are_mixed(late):
+    with pytest.raises(InputError, match=rf"flatquant before it has mixed; put {late} first"):
+        planned("flatquant", late, "rtn")
+
+
+def test_a_model_without_a_forward_function_has_nothing_to_learn_from():
+    model = dataclasses.replace(llama(), family=None)
+    with pytest.raises(PlanError, match=r"needs calibration"):
+        mojax.plan(model, recipe("flatquant", "rtn", inputs="none"), target="mojax")
+
+
+def test_widths_that_blocks_do_not_divide():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 192)), jnp.float32)
+    format = fp8.FORMAT(per="block")
+    y = jnp.asarray(format.fake(x))
+    assert np.array_equal(grown(format, x, y), np.asarray(y))
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(grown(format, x, y)))(x)).all()
+
+
 def test_codes_come_after():
     with pytest.raises(InputError, match=r"put flatquant first"):
         planned("rtn", "flatquant")
@@ -369,7 +391,6 @@ def test_optax_is_asked_for(monkeypatch):
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'mojax\[train\]'"):
         flatquant()
-    assert importlib.util.find_spec is not None
 
 
 def test_functions_have_no_such_blocks():

@@ -196,6 +196,24 @@ def test_download_reads_all_but_other_weights_and_then_the_cache(hub, home, tmp_
     assert gone == found
 
 
+@pytest.mark.parametrize("headers", [False, True])
+def test_an_adapter_of_ours_comes_with_its_model(hub, home, tmp_path, headers):
+    """The low-rank branches of a checkpoint; of other folders no weights are taken."""
+    folder = hub.repositories["org/two"] = repository(tmp_path / "two", extra=["onnx/model.safetensors"])
+    (folder / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}')
+    name, large = "base_model.model.x.lora_A.weight", np.ones((8, BIG), np.float32)
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8}')
+    write_shard(folder / "adapter/adapter_model.safetensors", {name: large})
+    found = ask(hub, home, "org/two", headers_only=headers)
+    assert ("adapter/adapter_model.safetensors" in found["present"]) != headers
+    assert "adapter/adapter_config.json" in found["present"]
+    assert "onnx/model.safetensors" not in found["present"]
+    if headers:
+        assert found["tensors"][name] == ["float32", [8, BIG]]
+        assert sum(size for _, size in hub.sent) < large.nbytes
+
+
 @pytest.mark.parametrize("shards, ranges", [(1, True), (2, True), (1, False)])
 def test_headers_only_fetches_no_weights(hub, home, tmp_path, shards, ranges):
     hub.repositories["org/model-0.6B"] = repository(tmp_path / "model", shards, ["pytorch_model.bin"])

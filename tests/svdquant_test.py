@@ -350,6 +350,7 @@ def nan(tensors, name):
 Q = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.parametrize("written", ["compressed-tensors"], indirect=True)
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -366,10 +367,7 @@ Q = "model.layers.0.self_attn.q_proj"
     ],
 )
 def test_verify_looks_at_the_adapter(written, tmp_path, edit, said):
-    dialect, out, _ = written
-    if dialect != "compressed-tensors":
-        assert not (out / "adapter").exists()
-        return
+    _, out, _ = written
     shutil.copytree(out, tmp_path / "out")
     edit(tmp_path / "out")
     with pytest.raises((VerifyError, InputError), match=said):
@@ -404,3 +402,32 @@ def test_experts_are_left_alone_and_the_outcome_says_so(tmp_path):
     model = mojax.load(tmp_path / "out")
     assert {("*" in m, s.rank) for m, s in model.schemes.items()} == {(True, 0), (False, RANK)}
     assert any("none beside experts" in note for note in report.notes)
+
+
+def test_a_run_that_stops_while_it_is_judged_keeps_its_adapter(tmp_path):
+    out = tmp_path / "out"
+    steps = recipe({"svdquant": {"rank": RANK, "rounds": 0, "metric": "weights"}}, "rtn")
+    made = out.with_name("out.partial") / "adapter/adapter_config.json"
+    with pytest.raises(mojax.pipeline.Interrupted):
+        mojax.optimize(LLAMA, steps, out, interrupted=made.exists)
+    assert made.exists()
+    mojax.optimize(LLAMA, steps, out, evaluate=False)
+    assert len(read_shard(out / "adapter/adapter_model.safetensors")) == 2 * len(mojax.load(out).schemes)
+
+
+def test_a_model_without_a_forward_function(tmp_path):
+    shutil.copytree(LLAMA, tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text()) | {"model_type": "other"}
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    steps = recipe({"svdquant": {"rank": RANK, "rounds": 0, "metric": "weights"}}, "rtn", inputs="none")
+    mojax.optimize(tmp_path / "source", steps, tmp_path / "out", generic=True, evaluate=False)
+    model = mojax.load(tmp_path / "out", generic=True)
+    assert all(beside.branch(model.params, m) is not None for m in model.schemes) and len(model.schemes) == 14
+
+
+def test_both_leaves_fit_float16_where_inputs_are_large():
+    w, h = weight(96, 64)
+    root = jnp.linalg.cholesky(h * 1e8)
+    a, b = low_rank(RANK, w, root)
+    assert np.allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), rtol=1e-4)
+    assert np.abs(np.asarray(b)).max() < 100 and np.abs(np.asarray(a)).max() < 100

@@ -3,7 +3,7 @@
   y = q(x P) q(W P^-T)^T,   P = L kron R,   L, R = U diag(e^t) V^T,   U, V orthogonal, so that P^-1 is exact
   minimise mean |block_q(x) - block(x)|^2   over U, V (Cayley's form) and t, by Adam
 
-Weights are rounded to nearest meanwhile; the gradient passes straight through, and through the scales.
+These weights are rounded to nearest meanwhile; the gradient passes straight through, and through the scales.
 Linears of one input share a P. Steps before (smoothquant, awq) scale channels, and steps after (mse, gptq,
 headroom) choose scales and codes; the paper learns those along. Experimental: only this process runs it.
 """

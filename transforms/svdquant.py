@@ -90,13 +90,15 @@ def _apply(
             context.log(Outcome("svdquant", module + ".weight", 0.0, 0.0, ELSEWHERE))
     modules = [module for module, scheme in context.schemes.items() if scheme.rank]
     found = each(lambda m: _module(m, rounds, fit, damping, params, stats, context), modules)
-    return {name: leaf for leaves in found for name, leaf in leaves.items()}
+    for _, said in found:
+        context.log(said)
+    return {name: leaf for leaves, _ in found for name, leaf in leaves.items()}
 
 
 def _module(
     module: str, rounds: int, fit: str, damping: float, params: Params, stats: Stats, context: Context
-) -> dict[str, Any]:
-    """The leaves of one linear: A, B, and what its codes stand for from now on."""
+) -> tuple[dict[str, Any], Outcome]:
+    """The leaves of one linear: A, B, and what its codes stand for from now on; and what became of it."""
     name, scheme = module + ".weight", context.schemes[module]
     now, target, seen = params[name], context.targets[name], stats.get(name, {})
     if not isinstance(now, QTensor) and fit == "error":
@@ -121,10 +123,10 @@ def _module(
     made = solve(w, h, rounding, scheme.rank, rounds, values, first)
     unseen = "no calibration token reached it, so errors of its weights count alike"
     note = unseen if h is None and "gram" in seen else ""
-    context.log(Outcome("svdquant", name, made.before, made.after, note))
     names = beside.leaves(module)
     rest = np.asarray(made.rest.astype(target.dtype))
-    return {names[0]: np.asarray(made.a), names[1]: np.asarray(made.b), name: rest}
+    leaves = {names[0]: np.asarray(made.a), names[1]: np.asarray(made.b), name: rest}
+    return leaves, Outcome("svdquant", name, made.before, made.after, note)
 
 
 class Rounding(NamedTuple):
@@ -208,4 +210,6 @@ def low_rank(rank: int, e: jax.Array, root: jax.Array | None) -> tuple[jax.Array
     a, b = (b.T, a.T) if tall else (a, b)
     if root is not None:
         a = lax.linalg.triangular_solve(root, a, left_side=False, lower=True)
-    return a, b
+    of_a, of_b = jnp.linalg.norm(a, axis=1), jnp.linalg.norm(b, axis=0)  # equal ones fit float16 best
+    s = jnp.sqrt(jnp.where(of_a * of_b > 0, of_b / jnp.where(of_a > 0, of_a, 1.0), 1.0))
+    return a * s[:, None], b / s[None]

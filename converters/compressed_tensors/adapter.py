@@ -19,7 +19,6 @@ from mojax.header import read_header
 FOLDER, CONFIG, TENSORS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LARGEST = 512  # the largest rank that vLLM serves
-RANKS = (8, 16, 32, 64, 128, 256, 320, LARGEST)  # what its --max-lora-rank can be
 LOADS = ("vllm", "sglang", "transformers")
 NOTE = (
     f"the folder {FOLDER}/ is part of this checkpoint: without this LoRA adapter the weights lack their "
@@ -92,6 +91,8 @@ def joined(files: Checkpoint) -> Checkpoint:
             f"{found.get('peft_type')!r}, r {found.get('r')!r}, lora_alpha {found.get('lora_alpha')!r}"
             f"{''.join(f', {key} {found[key]!r}' for key in odd)}; others are not read: move it away"
         )
+    if any(n.startswith(PREFIX) for n in files.entries):  # of the hub, which gives headers alone
+        return files
     if not (folder / TENSORS).is_file():
         raise InputError(f"{folder / TENSORS}: is missing, {CONFIG} beside it says there is an adapter")
     entries = join_shards({folder / TENSORS: read_header(folder / TENSORS)}, None, folder / TENSORS)
