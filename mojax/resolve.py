@@ -116,9 +116,26 @@ def _ordered(names: Sequence[str], steps: Sequence[Transform]) -> None:
         raise InputError(
             f"steps: {flat[0]} turns the inputs that a branch would read as they come; leave out one of them"
         )
+    _lost(names, steps)
     if not steps[-1].encodes:
         said = ", ".join(names)
         raise InputError(
             f"steps: found [{said}]; the last step must encode the weights (rtn rounds to nearest), and "
             f"{names[-1]} does not"
         )
+
+
+def _lost(names: Sequence[str], steps: Sequence[Transform]) -> None:
+    """Raises InputError where a step throws away what one before has chosen; new targets are a reason to."""
+    for j, later in enumerate(steps):
+        for i in range(j - 1, -1, -1):
+            before = steps[i]
+            if before.phase == "encode" and (before.rank or not before.encodes):
+                break
+            if before.encodes and later.anew and (later.anew == "scales" or before.chooses):
+                after, first = names[j], names[i]
+                do = f"leave out {after}" if later.anew == "scales" else f"put {after} before {first}"
+                raise InputError(
+                    f"steps: {after} chooses {later.anew} anew, and what {first} has found before would be "
+                    f"lost; {do}, or leave out {first}"
+                )

@@ -262,7 +262,7 @@ def test_two_sided_feedback_goes_through_the_matrices():
     made = load_recipe(
         {
             "rules": [{"match": "*", "weights": "mxfp4", "inputs": "mxfp4"}],
-            "steps": [FAST, "gptq"],
+            "steps": [{"flatquant": {"steps": 0, "start": "hadamard"}}, "gptq"],
             "calibration": {"sequences": 4, "length": 16, "gradients": 1},
             "name": "flat",
         }
@@ -272,7 +272,8 @@ def test_two_sided_feedback_goes_through_the_matrices():
     flattened, found = (mojax.calibrate(llama(), p, tokens()) for p in (plan, plain))
     for module in plan.schemes:
         g, expected = (s[module + ".weight@encode"]["output_gram"] for s in (flattened, found))
-        assert distance(g, expected) < 0.05, module  # the function is the same: only weights were rounded
+        far = np.linalg.norm(g - expected) / np.linalg.norm(expected)
+        assert far < 0.25, module  # one function in bfloat16, which may draw another label here and there
     assert flattened["model.layers.0.mlp.up_proj.weight"][flat.LEFT].size
     assert np.isfinite(mojax.evaluate(mojax.apply(llama(), plan, flattened), llama(), tokens()).kl_mean)
 

@@ -254,12 +254,21 @@ def test_experts_have_grams_and_gradients_of_their_own(make, tmp_path):
         (["qep", "smoothquant", "rtn"], "smoothquant .* after qep.*put smoothquant first"),
         (["smoothquant", "smoothquant", "rtn"], "smoothquant stands twice"),
         (["gptq", "qep"], "the last step must encode"),
+        (["mse", "rtn"], "rtn chooses scales anew, and what mse has found .* lost; leave out rtn"),
+        (["gptq", "rtn"], "what gptq has found"),
+        (["gptq", "mse"], "mse chooses codes anew, .* put mse before gptq"),
+        (["refine", "gptq"], "put gptq before refine"),
         (["smoothquant"], "the last step must encode"),
     ],
 )
 def test_an_order_that_cannot_be_right(model, steps, said):
     with pytest.raises(mojax.InputError, match=said):
         plan(model, recipe("int4", steps))
+
+
+def test_orders_that_lose_nothing(model):
+    for steps in (["rtn", "mse", "gptq", "refine"], ["gptq", "qep", "gptq"], ["sweep", "gptq"]):
+        assert plan(model, recipe("nvfp4", steps)).steps
 
 
 def test_a_function_has_no_blocks():

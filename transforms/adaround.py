@@ -48,7 +48,9 @@ def adaround(
             f"adaround: steps is {steps}, rate {rate} and strength {strength}, all must be above 0"
         )
     work = functools.partial(solve, steps=steps, rate=rate, strength=strength, damping=damping)
-    return Transform(functools.partial(_apply, work), ("gram", "count"), encodes=True, phase="encode")
+    return Transform(
+        functools.partial(_apply, work), ("gram", "count"), encodes=True, phase="encode", chooses=True
+    )
 
 
 def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params:

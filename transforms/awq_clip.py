@@ -29,7 +29,9 @@ def awq_clip(*, low: float = 0.5, step: float = 0.05) -> Transform:
     if not 0 < low < 1 or not 0 < step <= (1 - low) / 2:
         raise InputError(f"awq_clip: low is {low}, step {step}; needed a share below 1 and two steps up to 1")
     bound = functools.partial(solve, low=low, count=round((1 - low) / step) + 2)
-    return Transform(functools.partial(_apply, bound), ("gram", "count"), encodes=True, phase="encode")
+    return Transform(
+        functools.partial(_apply, bound), ("gram", "count"), encodes=True, phase="encode", anew="codes"
+    )
 
 
 def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params:

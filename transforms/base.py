@@ -108,6 +108,9 @@ class Transform(NamedTuple):
       needs: the statistics it reads (`mojax.calibration.STATISTICS`); none means no data is needed.
       rewrites: which leaves that are not encoded it changes (norm gains that absorb a scale).
       encodes: whether its leaves are `QTensor`s; the last step of a recipe does.
+      anew: what earlier steps have chosen and this one does not look at: "codes" (it finds its own, under
+        their scales), or "scales", and so codes too; "" where it goes on from both.
+      chooses: whether its codes are other than the nearest.
       phase: "block", called once per block, leaves the function of the block as it is; "encode" chooses
         scales and codes (or corrects what they stand for), and is called once per input of a block where it
         needs data, in the order of the program, so that it sees inputs as earlier encoded weights make them;
@@ -132,6 +135,8 @@ class Transform(NamedTuple):
     needs: tuple[str, ...] = ()
     rewrites: Callable[[Context], frozenset[str]] = lambda context: frozenset()
     encodes: bool = False
+    anew: Literal["", "codes", "scales"] = ""
+    chooses: bool = False
     phase: Phase = "block"
     turns: tuple[str, ...] = ()
     tune: Tune | None = None
@@ -274,5 +279,5 @@ def chain(*transforms: Transform) -> Transform:
         tuple(dict.fromkeys(need for t in transforms for need in t.needs)),
         lambda context: frozenset().union(*(t.rewrites(context) for t in transforms)),
         any(t.encodes for t in transforms),
-        transforms[-1].phase if transforms else "block",
+        phase=transforms[-1].phase if transforms else "block",
     )

@@ -21,7 +21,7 @@ from mojax.transforms.base import Context, Params, Stats, Transform
 
 def four_over_six() -> Transform:
     """Scales of NVFP4 weights, set anew; other formats keep theirs."""
-    return Transform(_apply, encodes=True, phase="encode")
+    return Transform(_apply, encodes=True, phase="encode", anew="codes")
 
 
 def _apply(params: Params, stats: Stats, context: Context) -> Params:

@@ -33,7 +33,7 @@ def gptq(*, damping: float = 0.01, act_order: bool = True) -> Transform:
     if not 0 < damping <= 10:
         raise InputError(f"gptq: damping is {damping}, needed a share of the mean diagonal, such as 0.01")
     apply = functools.partial(_apply, functools.partial(solve, damping=damping, act_order=act_order))
-    return Transform(apply, ("gram", "count"), encodes=True, phase="encode")
+    return Transform(apply, ("gram", "count"), encodes=True, phase="encode", anew="codes", chooses=True)
 
 
 def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params:

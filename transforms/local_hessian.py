@@ -37,7 +37,9 @@ def local_hessian(
             "0 < low < high, 3 or more, and a share of the mean diagonal, such as 0.01"
         )
     bound = functools.partial(solve, low=low, high=high, count=count, damping=damping, signed=signed)
-    return Transform(functools.partial(_apply, bound), ("gram", "count"), encodes=True, phase="encode")
+    return Transform(
+        functools.partial(_apply, bound), ("gram", "count"), encodes=True, phase="encode", anew="codes"
+    )
 
 
 def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params:

@@ -32,7 +32,9 @@ def mse(*, low: float = 0.5, high: float = 1.25, count: int = 32, weighted: bool
     apply = functools.partial(
         _apply, functools.partial(solve, low=low, high=high, count=count, weighted=weighted)
     )
-    return Transform(apply, ("sumsq", "count") if weighted else (), encodes=True, phase="encode")
+    return Transform(
+        apply, ("sumsq", "count") if weighted else (), encodes=True, phase="encode", anew="codes"
+    )
 
 
 def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params:

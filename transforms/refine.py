@@ -36,7 +36,9 @@ def refine(
     work = functools.partial(
         solve, rounds=rounds, sweeps=sweeps, scales=scales, damping=damping, signed=signed
     )
-    return Transform(functools.partial(_apply, work), ("gram", "count"), encodes=True, phase="encode")
+    return Transform(
+        functools.partial(_apply, work), ("gram", "count"), encodes=True, phase="encode", chooses=True
+    )
 
 
 def _apply(solve: Any, params: Params, stats: Stats, context: Context) -> Params:

@@ -42,7 +42,7 @@ def encode(format: Format, w: Any, outer: Any, rows: int) -> QTensor:
 
 def rtn() -> Transform:
     """Round to nearest."""
-    return Transform(_apply, encodes=True, phase="encode")
+    return Transform(_apply, encodes=True, phase="encode", anew="scales")
 
 
 def _apply(params: Params, stats: Stats, context: Context) -> Params:

@@ -19,7 +19,7 @@ LOW, HIGH, MOST = 0.8, 1.75, 24  # the window, and more candidates than it holds
 
 def sweep() -> Transform:
     """The best code of every block's scale; formats whose scales are no codes keep theirs (see mse)."""
-    return Transform(_apply, encodes=True, phase="encode")
+    return Transform(_apply, encodes=True, phase="encode", anew="codes")
 
 
 def _apply(params: Params, stats: Stats, context: Context) -> Params:

@@ -23,6 +23,7 @@ from mojax.formats.numerics import (
     blocks,
     blocks_under,
     e2m1,
+    e2m1_near,
     e2m1_value,
     indivisible,
     inverse_power,
@@ -64,7 +65,8 @@ class MXFP4(Format):
         return power(jnp.asarray(scales["inner"]))
 
     def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
-        return e2m1_value(e2m1(y, _NEGATIVE[self.arithmetic](y), _TIES_UP[self.arithmetic]))
+        negative, ties = _NEGATIVE[self.arithmetic](y), _TIES_UP[self.arithmetic]
+        return e2m1_near(y, negative) if ties == EVEN else e2m1_value(e2m1(y, negative, ties))
 
     def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
         return moved_exponents(scales["inner"], factor)

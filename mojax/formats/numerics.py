@@ -72,6 +72,15 @@ def e2m1(x: jax.Array, negative: jax.Array, up: tuple[float, ...] = EVEN) -> jax
     return code
 
 
+def e2m1_near(x: jax.Array, negative: jax.Array) -> jax.Array:
+    """`e2m1_value(e2m1(x, negative))` of the even ties, without the codes."""
+    a = jnp.abs(x)
+    up = jnp.where(a < 2, 2.0, jnp.where(a < 4, 1.0, 0.5))
+    y = jnp.minimum(rne(a * up) / up, 6.0)
+    y = jnp.where(jnp.isnan(x), 0.0, y)
+    return jnp.where(negative, -y, y)
+
+
 def e2m1_value(code: jax.Array) -> jax.Array:
     """float32 of E2M1 codes: 0, 0.5, and from index 2 on the exponent and mantissa of a float."""
     index = (code & 7).astype(jnp.int32)

@@ -26,6 +26,7 @@ from mojax.formats.numerics import (
     blocks_under,
     divide,
     e2m1,
+    e2m1_near,
     e2m1_value,
     e4m3,
     indivisible,
@@ -129,7 +130,7 @@ class NVFP4(Format):
         return _RULES[self.arithmetic].step(inner, outer)
 
     def element(self, y: jax.Array, zero: jax.Array | None = None) -> jax.Array:
-        return e2m1_value(e2m1(y, y < 0))
+        return e2m1_near(y, y < 0)
 
     def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
         inner = jnp.asarray(scales["inner"]).astype(jnp.float32) * factor

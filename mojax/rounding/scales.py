@@ -106,8 +106,8 @@ def search(
         raise InputError(
             f"scales: importance {importance.shape}; needed for {w.shape} is {known[0]} or {known[1]}"
         )
-    rows = min(out, rows or max(1, _PART // width))
-    return {**scales, "inner": _search(format, rows, w, scales, candidates, importance)}
+    parts = -(-out // min(out, rows or max(1, _PART // width)))
+    return {**scales, "inner": _search(format, -(-out // parts), w, scales, candidates, importance)}
 
 
 @jit(static_argnums=(0, 1))
@@ -132,19 +132,19 @@ def _search(
         w, own, choice = part
         x = w.astype(jnp.float32).reshape(rows, choice.shape[1], -1)
         zero = own["zero"].astype(jnp.float32)[..., None] if "zero" in own else None
-
-        def error(inner: jax.Array) -> jax.Array:
-            step = format.step({**shared, **own, "inner": inner})[..., None]
-            return _error(nearest(format, x, Grid(step, zero)) - x, importance)
+        every = jnp.concatenate([own["inner"][None], jnp.moveaxis(choice, -1, 0)])
+        # Once for all entries of a block: fused, each of them would decode the scale again.
+        steps = jax.vmap(lambda inner: format.step({**shared, **own, "inner": inner}))(every)
+        steps = lax.optimization_barrier(steps)
 
         def closer(m: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            least, inner = state
-            new = choice[..., m]
-            now = error(new)
-            return jnp.minimum(least, now), jnp.where(now < least, new, inner)
+            least, best = state
+            now = _error(nearest(format, x, Grid(steps[m][..., None], zero)) - x, importance)
+            return jnp.minimum(least, now), jnp.where(now < least, m, best)
 
-        start = (error(own["inner"]), own["inner"])
-        return lax.fori_loop(0, choice.shape[-1], closer, start)[1]
+        start = jnp.full(every.shape[1:], jnp.inf, jnp.float32), jnp.zeros(every.shape[1:], jnp.int32)
+        best = lax.fori_loop(0, len(every), closer, start)[1]
+        return jnp.take_along_axis(every, best[None], 0)[0]
 
     found = lax.map(best, (cut(w), jax.tree.map(cut, by_row), cut(candidates)))
     return found.reshape(parts * rows, -1)[:out]
