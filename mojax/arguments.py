@@ -68,7 +68,7 @@ def define(verb: str) -> Flags:
         text("max_shard_size", "5GB", "largest file, as 500MB or 5GB")
     if verb in ("quantize", "evaluate", "plan"):
         text("text", "builtin", "evaluation text: builtin, or a txt, jsonl, parquet or npz file")
-        number("sequences", "pieces of text (default: the recipe's)")
+        number("sequences", "pieces of text, to calibrate and to evaluate on (default: the recipe's)")
         number("length", "tokens of a piece (default: the recipe's)")
         number("seed", "of the choice of pieces; with 0 evaluation takes the first (default: the recipe's)")
     if verb in ("evaluate", "verify"):

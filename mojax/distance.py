@@ -24,6 +24,8 @@ from mojax.recipe import Recipe, choose, restored
 from mojax.threads import each
 from mojax.transforms.base import Context, Fold, Sites, folds, placed, rewrites
 
+OWN = "steps"  # in mojax.json, where they are not the recipe's
+UNNAMED = "a step without a name"
 USUAL: dict[str, Sites] = {"smoothquant": "mlp", "awq": "all"}  # where a step folds if nothing is said
 
 
@@ -121,8 +123,10 @@ def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:
     blocks whose norm gains differ from the source's.
     """
     recipe = recorded(out)
+    own = OWN in _record(out)  # which may scale channels wherever that can be done
     steps = dict(recipe.steps) if recipe is not None else {"smoothquant": {}}
     where = [steps[name].get("sites", usual) for name, usual in USUAL.items() if name in steps]
+    where += [get_args(Sites)[-1]] * own
     if not where:
         return {}
     widest = max(where, key=get_args(Sites).index)
@@ -146,9 +150,13 @@ def folded(out: Model, source: Model) -> dict[str, tuple[Fold, ...]]:
 
 def recorded(out: Model) -> Recipe | None:
     """The recipe of an output of ours; None where the steps are not known."""
-    path = out.checkpoint.folder / "mojax.json" if out.checkpoint else None
-    said = read_json(path).get("recipe") if path and path.exists() else None
+    said = _record(out).get("recipe")
     return restored(said) if said and said["steps"] else None
+
+
+def _record(out: Model) -> dict[str, Any]:
+    path = out.checkpoint.folder / "mojax.json" if out.checkpoint else None
+    return read_json(path) if path and path.exists() else {}
 
 
 @jit()

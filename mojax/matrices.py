@@ -249,7 +249,7 @@ def maxima(found: Mapping[str, Leaf], group: Sequence[str], i: int) -> np.float3
         if not np.isfinite(top):
             raise NotFiniteError(
                 f"{name.replace('*', str(i))}: holds NaN or infinity, which no format can hold; repair the "
-                f"checkpoint, or add --keep={name} --noevaluate to leave this tensor as it is"
+                f"checkpoint, or add --keep={name} --noevaluate to leave this tensor as it is, NaN and all"
             )
     return np.float32(max(amax.values()))
 

@@ -27,7 +27,7 @@ from mojax import (
 from mojax.calibration import Stats
 from mojax.checkpoint import Checkpoint, read_json
 from mojax.document import Calibration
-from mojax.errors import InputError, NotFiniteError
+from mojax.errors import InputError, NotFiniteError, nearest
 from mojax.evaluation import Report
 from mojax.model import Model, load
 from mojax.models.layers import Block
@@ -36,7 +36,7 @@ from mojax.plans import Plan
 from mojax.recipe import Recipe, load_recipe, resolved
 from mojax.sources import as_source, reference_for
 from mojax.stream import Stream, transform
-from mojax.transforms.base import Outcome
+from mojax.transforms.base import Outcome, Transform
 from mojax.writer import RECORD, Unit, Writer, refuse, unit_params
 
 Say = Callable[[str], None]
@@ -60,6 +60,7 @@ def calibrate(model: Model, plan: Plan, tokens: np.ndarray) -> Stats:
     Raises:
       InputError: a step tunes whole blocks, which `apply` cannot do with statistics alone.
     """
+    _usable(plan)
     _untuned(plan)
     model = as_source(model)
     learned, stats = rewrite.learned(model, plan, tokens), Stats()
@@ -86,6 +87,7 @@ def apply(
     Raises:
       InputError: a step tunes whole blocks, for which statistics are not enough: give tokens.
     """
+    _usable(plan)
     model, seen = as_source(model), None
     if not isinstance(stats, Mapping):
         tokens, stats = stats, rewrite.learned(model, plan, stats, log)
@@ -103,6 +105,20 @@ def apply(
         mine = {r.name: params[r.name] for r in plan.rows if r.block == prefix}
         params |= transform(plan, block, mine, stats, log=log)
     return dataclasses.replace(model, params=params, schemes=plan.schemes, cache=plan.cache)
+
+
+def _usable(plan: Plan) -> None:
+    """Raises InputError for a step of one's own that is none, or asks for what calibration does not know."""
+    known = (*calibration.STATISTICS, *calibration.SUMS)
+    for step in plan.steps:
+        if not isinstance(step, Transform):
+            raise InputError(
+                f"steps: found {step!r:.60}, needed a Transform of mojax.transforms.base, such as "
+                "Transform(fn, needs=(...))"
+            )
+        if odd := next((need for need in step.needs if need not in known), None):
+            name = step.name or "a step"
+            raise InputError(f"steps: {name} needs {odd!r}, an unknown statistic{nearest(odd, known)}")
 
 
 def _untuned(plan: Plan) -> None:
@@ -348,7 +364,9 @@ def fingerprint(files: Checkpoint | None, todo: Plan, seen: text.Tokens | None) 
     """What the output depends on; two runs with the same fingerprint write the same bytes."""
     recipe = todo.recipe
     packages = ("jax", "numpy", "ml_dtypes", "tokenizers")
-    return {
+    names = [step.name or distance.UNNAMED for step in todo.steps]
+    own = {} if names == [name for name, _ in recipe.steps] else {distance.OWN: names}
+    return own | {
         "source": source_facts(files),
         "recipe": resolved(dataclasses.replace(recipe, menu=None)),
         "format": todo.dialect.DIALECT,

@@ -233,8 +233,8 @@ class _Planner:
         step = next(s.name for s in self.steps if s.flattens)
         if self.target != HERE:
             return (
-                f"steps: {step} multiplies inputs by matrices that {self.target} does not know of; use "
-                f"target {HERE!r} (mojax.plan), which evaluates in this process, or leave out {step}"
+                f"steps: {step} multiplies inputs by matrices that {self.target} does not know of; leave it "
+                f"out, or evaluate it in Python alone: mojax.plan(..., target={HERE!r}), mojax.apply"
             )
         if scheme.hadamard:
             return f"{name}: {step} and hadamard: {scheme.hadamard} both turn its input; leave out one"

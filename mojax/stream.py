@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mojax import beside, calibration, checkpoint
+from mojax import beside, calibration, checkpoint, flat
 from mojax.calibration import ENCODE, Stats, calibrate_block
-from mojax.errors import NotFiniteError
+from mojax.errors import InputError, NotFiniteError, nearest
 from mojax.gradients import Gradients, gradients
 from mojax.inputs import OWN, Held, bytes_held, observe, through
 from mojax.kernels.hadamard import hadamard
 from mojax.model import Lazy, Model
 from mojax.models.layers import Block
 from mojax.plans import READS, Plan
-from mojax.program import INPUT, Program, block_of, cache_scales, simulated
+from mojax.program import INPUT, MEAN, Program, block_of, cache_scales, simulated
 from mojax.threads import flow
 from mojax.transforms.base import Context, Outcome, Passage
 from mojax.transforms.rtn import static_maximum
@@ -66,7 +66,22 @@ def transform(
     """
     context = plan.context(block)._replace(log=log)
     changed = dict(plan.migration.apply(params, stats, context))
-    return changed | encode(plan, block, {**params, **changed}, stats, log=log)
+    return known(changed | encode(plan, block, {**params, **changed}, stats, log=log), params)
+
+
+def known(changed: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """`changed`, leaves of a block.
+
+    Raises:
+      InputError: there is no such leaf.
+    """
+    more = (INPUT, MEAN, *beside.LEAVES, *flat.LEAVES)
+    if odd := next((n for n in changed if n not in params and not n.endswith(more)), None):
+        raise InputError(
+            f"{odd}: a step returned this leaf, which its block lacks{nearest(odd, params)}; return leaves "
+            "under the names that they have in `params`"
+        )
+    return changed
 
 
 def encode(
@@ -188,7 +203,7 @@ class Stream:
             held = Held()  # of weights that were changed since
         self._advance(block, out, {**params, **leaves}, held)
         self._forget(block)
-        return Made(leaves, Stats(stats | taken))
+        return Made(known(leaves, params), Stats(stats | taken))
 
     def skip(self, block: Block, leaves: Mapping[str, Any]) -> None:
         """Go on past a block that was finished before: `leaves` as it was written."""

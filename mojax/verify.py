@@ -278,6 +278,8 @@ class _Check:
         files = self.source.checkpoint
         moved = (f for found in folded(self.out, self.source).values() for f in found)
         rewritten = {name for f in moved for name in (f.producer, *f.also)}
+        if (plan := self.plan) is not None and self.out.family is not None:
+            rewritten |= {n for b in self.out.blocks for n in plan.migration.rewrites(plan.context(b))}
         known = set(files)
         for name in files:
             if name.removesuffix(".weight") in self.encoded and name.endswith(".weight"):

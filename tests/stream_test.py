@@ -1,6 +1,7 @@
 """The two streams, the statistics that encoding steps see, gradients, and what the frame of steps refuses."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -15,7 +16,7 @@ from mojax.formats.base import QTensor
 from mojax.planner import plan
 from mojax.recipe import adjusted, load_recipe
 from mojax.stream import Stream
-from mojax.transforms.base import Context, Outcome, Transform, chain
+from mojax.transforms.base import Context, Outcome, Transform, chain, folds, move, rewrites
 
 LENGTH = 64
 
@@ -283,6 +284,54 @@ def test_a_function_has_no_blocks():
     )
     with pytest.raises(mojax.PlanError, match="qep looks at what was encoded before in the blocks"):
         mojax.calibrate(fn, chosen, [w])
+
+
+def halved(params, stats, context):
+    """Powers of two move from inputs to weights; the function stays."""
+    changed = {}
+    for fold in folds(context, "norms"):
+        now = {**params, **changed}
+        size = params[fold.producer].shape[-1]
+        changed |= move(fold, now, jnp.full((size,), 2.0, jnp.float32), context, None)
+    return changed
+
+
+MINE = Transform(halved, rewrites=functools.partial(rewrites, sites="norms"))
+
+
+def test_a_step_of_ones_own_is_exported_and_recorded(model, tokens, tmp_path):
+    todo = plan(model, recipe("int4", ["rtn"]))
+    todo = dataclasses.replace(todo, steps=(MINE, *todo.steps))
+    made = mojax.apply(model, todo, tokens)
+    mojax.export(made, tmp_path / "out", plan=todo)
+    written = mojax.load(tmp_path / "out")
+    assert np.array_equal(np.asarray(written(tokens[:1])), np.asarray(made(tokens[:1])))
+    record = json.loads((tmp_path / "out/mojax.json").read_text())
+    assert record["steps"] == ["a step without a name", "rtn"] and record["recipe"]["steps"] == ["rtn"]
+    errors = verify.verify(tmp_path / "out", "tiny").errors
+    assert max(errors.values()) < 0.2  # the scales are taken off again
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (halved, "found <function halved.*needed a Transform"),
+        (
+            Transform(halved, needs=("absmx",)),
+            "needs 'absmx', an unknown statistic; did you mean 'absmax'",
+        ),
+        (
+            Transform(lambda p, s, c: {"model.layers.0.q": p}),
+            r"layers\.0\.q: a step returned this leaf",
+        ),
+    ],
+)
+def test_a_step_of_ones_own_that_cannot_be(model, tokens, step, said):
+    todo = plan(model, recipe("int4", ["rtn"]))
+    todo = dataclasses.replace(todo, steps=(step, *todo.steps))
+    for data in (tokens, calibration.Stats()):
+        with pytest.raises(mojax.InputError, match=said):
+            mojax.apply(model, todo, data)
 
 
 def test_few_tokens_are_said_and_damped(tmp_path):

@@ -174,7 +174,8 @@ def check_cache(cache: Cache, target: str, encodes: bool = True) -> str | None:
     Args:
       encodes: whether weights are encoded too.
     """
-    return cache_refusal(DIALECT, cache, target, CACHE_LOADS, {"nvfp4": "--format=modelopt"})
+    beside = "--format=modelopt --target=vllm, beside encoded weights (extends: [nvfp4, nvfp4_kv])"
+    return cache_refusal(DIALECT, cache, target, CACHE_LOADS, {"nvfp4": beside})
 
 
 def storage(scheme: Scheme) -> str:

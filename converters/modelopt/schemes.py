@@ -154,9 +154,11 @@ def check_cache(cache: Cache, target: str, encodes: bool = True) -> str | None:
     others = {"fp8": "--format=compressed-tensors", "fp8 per head": "--format=compressed-tensors"}
     said = cache_refusal(DIALECT, cache, target, CACHE_LOADS, others)
     if said is None and not encodes and target != "trtllm":
+        kind = cache_kind(cache)
+        other = f", or use {others[kind]}" if kind in others else ""
         return (
             f"{target} loads a key/value cache in the {DIALECT} dialect only beside encoded weights; encode "
-            "some (extends: [fp8, ...]), or use --format=compressed-tensors"
+            f"some (extends: [{kind.split()[0]}, ...]){other}"
         )
     return said
 
