@@ -549,11 +549,27 @@ def test_a_closed_pipe_is_no_error():
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("recipe")
 
 
+def deeper(folder, times):
+    """The built-in model with its layers again and again, so that a text takes long."""
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": times * layers}))
+    table = {n: np.array(w) for n, w in checkpoint.read_shard(folder / "model.safetensors").items()}
+    for name in [n for n in table if n.startswith("model.layers.")]:
+        _, _, i, rest = name.split(".", 3)
+        more = {f"model.layers.{int(i) + k * layers}.{rest}": table[name] for k in range(1, times)}
+        table |= more
+    checkpoint.write_shard(folder / "model.safetensors", table)
+    return folder
+
+
 def test_an_interrupt_ends_generation_quietly(tmp_path):
     """While XLA computes, an ordinary exit of Python takes its memory away and crashes."""
-    for _ in range(10):  # on a busy machine it may be done before the signal comes
+    model = deeper(tmp_path / "deeper", 16)
+    for _ in range(5):  # on a busy machine it may be done before the signal comes
         child = start(
-            ["generate", "--model=tiny", "--prompt=import os", "--max_tokens=250"],
+            ["generate", f"--model={model}", "--prompt=import os", "--max_tokens=250"],
             tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
