@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mojax.errors import InputError
+from mojax.formats import numerics
 from mojax.formats.fp8 import FP8
 from mojax.formats.int4 import INT4
 from mojax.formats.int8 import INT8
@@ -465,3 +466,12 @@ def test_the_right_scales_are_found_again():
     moved, _ = descent.move_blocks(NV, target, q, wrong, NV.candidates(wrong, 0.6, 1.6, 24), h)
     assert error(target, q, h) > 1
     assert error(target, moved, h) < 1e-6
+
+
+def test_values_of_e2m1_without_codes_are_those_of_the_codes():
+    ties = np.array([0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, 7, 1e-40, np.inf, np.nan], np.float32)
+    near = np.concatenate([np.nextafter(ties, np.float32(9)), np.nextafter(ties, np.float32(-9)), ties])
+    y = jnp.asarray(np.concatenate([near, -near, np.random.default_rng(0).normal(0, 3, 9999)]), jnp.float32)
+    for negative in (y < 0, ~(y > 0)):
+        found, codes = numerics.e2m1_near(y, negative), numerics.e2m1(y, negative)
+        assert np.asarray(found).tobytes() == np.asarray(numerics.e2m1_value(codes)).tobytes()
