@@ -2,8 +2,8 @@
 
   x as a matrix X [n1, n2]:  X -> L^T X R,   y = q(x (L kron R)) q(W (L kron R)^-T)^T,   n1 n2 = in
 
-L and R are leaves of 16 bits, `<module>.flat_left` and `<module>.flat_right`; linears of one input have equal
-ones (FlatQuant, arXiv 2410.09426). No server runs them: they are for this process.
+L and R are leaves of 16 bits (`beside.dtype_of`), `<module>.flat_left` and `<module>.flat_right`; linears of
+one input have equal ones (FlatQuant, arXiv 2410.09426). No server runs them: they are for this process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 LEFT, RIGHT = "flat_left", "flat_right"
@@ -37,11 +36,6 @@ def sides(width: int) -> tuple[int, int]:
     """n1 <= n2, as near to each other as divisors of `width` can be."""
     n1 = next(n for n in range(math.isqrt(width), 0, -1) if width % n == 0)
     return n1, width // n1
-
-
-def dtype_of(dtype: Any) -> np.dtype:
-    """In which L and R are kept beside a weight of `dtype`."""
-    return np.dtype(dtype) if np.dtype(dtype).itemsize == 2 else np.dtype(ml_dtypes.bfloat16)
 
 
 def nbytes(width: int) -> int:

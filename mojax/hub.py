@@ -70,8 +70,9 @@ def open_headers(source: str, *, revision: str | None = None) -> Checkpoint:
     adapter = [folder / _ADAPTER] if _ADAPTER in names and "quantization_config" in config else []
     with _explained(source, revision), ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(lambda file: _fetch_header(hub, source, folder, file), files + adapter))
-    entries = join_shards(dict(zip(files, headers, strict=False)), indexed, index)
-    for file, header in zip(adapter, headers[len(files) :], strict=True):
+    count = len(files)
+    entries = join_shards(dict(zip(files, headers[:count], strict=True)), indexed, index)
+    for file, header in zip(adapter, headers[count:], strict=True):
         entries = entries | join_shards({file: header}, None, file)
     return Checkpoint(folder, config, entries, headers_only=True)
 

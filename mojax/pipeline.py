@@ -85,12 +85,15 @@ def apply(
         steps run once, block by block, as in `optimize`.
       log: called with the outcome of every step for every weight.
     Raises:
-      InputError: a step tunes whole blocks, for which statistics are not enough: give tokens.
+      InputError: neither statistics nor tokens; a step that is no Transform, or needs an unknown statistic; a
+        step tunes whole blocks, for which statistics are not enough: give tokens.
+      NotFiniteError: NaN or infinity in a weight or an input; the message names it.
     """
     _usable(plan)
     model, seen = as_source(model), None
     if not isinstance(stats, Mapping):
-        tokens, stats = stats, rewrite.learned(model, plan, stats, log)
+        tokens = _ids(stats)
+        stats = rewrite.learned(model, plan, tokens, log)
         model = rewrite.rewritten(model, plan, stats)
         seen = Stream(model, plan, tokens) if plan.needs else None
     else:
@@ -105,6 +108,18 @@ def apply(
         mine = {r.name: params[r.name] for r in plan.rows if r.block == prefix}
         params |= transform(plan, block, mine, stats, log=log)
     return dataclasses.replace(model, params=params, schemes=plan.schemes, cache=plan.cache)
+
+
+def _ids(found: Any) -> np.ndarray:
+    """`found` as tokens, integers `[sequences, length]`."""
+    shape, dtype = getattr(found, "shape", ()), getattr(found, "dtype", object)
+    if len(shape) != 2 or not np.issubdtype(dtype, np.integer):
+        what = f"{np.dtype(dtype)} {list(shape)}" if shape else type(found).__name__
+        raise InputError(
+            f"apply: found {what}, needed what mojax.calibrate gives, or token ids, "
+            "integers [sequences, length] (text.tokens(...).ids)"
+        )
+    return np.asarray(found)
 
 
 def _usable(plan: Plan) -> None:

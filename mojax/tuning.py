@@ -109,7 +109,7 @@ def tune(
         passage.run,
         tuple((short[n], params[n].format) for n in names),
         {short[n]: given(params[n], context.targets[n]) for n in names},
-        {short[n]: _wide(leaf) for n, leaf in params.items() if n not in names},
+        {short[n]: wide(leaf) for n, leaf in params.items() if n not in names},
         *(np.concatenate([np.asarray(x) for x in xs]) for xs in (passage.inputs, passage.outputs)),
     )
     found = descend(learner, problem, rates, batch, seed)
@@ -233,7 +233,8 @@ def grids(format: Format, scales: Scales, shape: tuple[int, ...]) -> Grid:
     return jax.vmap(lambda s: grids(format, s, shape[1:]))(scales)
 
 
-def _wide(leaf: Any) -> Any:
+def wide(leaf: Any) -> Any:
+    """A leaf of floats as float32; any other as it is."""
     if isinstance(leaf, QTensor) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     return jnp.asarray(leaf).astype(jnp.float32)

@@ -245,15 +245,14 @@ class Writer:
         modules = {m: s.rank for m, s in self.plan.modules.items() if s.rank}
         if not modules or (adapter := getattr(self.plan.dialect, "ADAPTER", None)) is None:
             return
-        pieces = sorted(self.scratch.glob(APART + "*"))
-        if not pieces:  # a run that was interrupted later has made it
+        folder = self.partial / adapter.FOLDER
+        if (folder / adapter.CONFIG).exists():  # its last file: of a run that was interrupted later
             return
         tensors: dict[str, np.ndarray] = {}
-        for piece in pieces:
+        for piece in sorted(self.scratch.glob(APART + "*")):
             tensors |= checkpoint.read_shard(piece)
         others = [n for r in self.plan.rows if r.role == "linear" for n in r.names]
         others = [m for m in (n.removesuffix(".weight") for n in others) if m not in modules]
-        folder = self.partial / adapter.FOLDER
         folder.mkdir(exist_ok=True)
         said = json.dumps(adapter.settings(modules, others), indent=2) + "\n"
         checkpoint.write_shard(folder / adapter.TENSORS, tensors)

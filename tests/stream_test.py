@@ -312,6 +312,18 @@ def test_a_step_of_ones_own_is_exported_and_recorded(model, tokens, tmp_path):
     assert max(errors.values()) < 0.2  # the scales are taken off again
 
 
+def test_what_are_neither_statistics_nor_tokens(model):
+    todo = plan(model, recipe("int4", ["gptq"]))
+    for data in (
+        np.zeros((2, 8), np.float32),
+        np.zeros(8, np.int32),
+        (np.zeros((2, 8), np.int32), "of"),
+        "text",
+    ):
+        with pytest.raises(mojax.InputError, match=r"needed what mojax.calibrate gives, or token ids"):
+            mojax.apply(model, todo, data)
+
+
 @pytest.mark.parametrize(
     ("step", "said"),
     [

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mojax import flat
+from mojax import beside, flat
 from mojax.compile import jit
 from mojax.errors import InputError
 from mojax.formats.base import Format, one_of
 from mojax.kernels.hadamard_matrices import dividing, matrix, signs
 from mojax.simulate import grown
 from mojax.transforms.base import Context, Outcome, Params, Passage, Stats, Transform
-from mojax.tuning import EVERY, draws, judges, mean_error, squared_error
+from mojax.tuning import EVERY, draws, judges, mean_error, squared_error, wide
 
 Start = Literal["best", "identity", "hadamard"]
 UNTURNED = np.zeros((0, 0), np.float32)
@@ -154,8 +154,8 @@ def _learn(
     least, best, begin = min(found, key=lambda f: f[0])
     states, memory = _zeros(begin), None
     for t, i in zip(range(1, steps + 1), draws(len(xs), min(batch, len(xs)), seed), strict=False):
-        now = np.float32(rate * (1 + np.cos(np.pi * (t - 1) / steps)) / 2)
-        states, memory = move(*fixed, states, memory, now, begin, leaves, xs[i], ys[i])
+        speed = np.float32(rate * (1 + np.cos(np.pi * (t - 1) / steps)) / 2)
+        states, memory = move(*fixed, states, memory, speed, begin, leaves, xs[i], ys[i])
         if t % EVERY == 0 or t == steps:
             kept = stored(states, begin)
             now = judged(kept) if all(np.isfinite(m).all() for pair in kept for m in pair) else np.inf
@@ -188,13 +188,8 @@ def posed(params: Params, passage: Passage, context: Context) -> Problem:
         for names in found.values()
     )
     leaves = {n[cut:]: w for n, w in params.items() if not n.endswith(".input_scale")}  # of other inputs
-    wide = {n: _wide(w) for n, w in leaves.items()}
     xs, ys = (np.concatenate([np.asarray(x) for x in part]) for part in (passage.inputs, passage.outputs))
-    return Problem(passage.run, groups, wide, xs, ys)
-
-
-def _wide(w: Any) -> Any:
-    return jnp.asarray(w).astype(jnp.float32) if jnp.issubdtype(w.dtype, jnp.floating) else w
+    return Problem(passage.run, groups, {n: wide(w) for n, w in leaves.items()}, xs, ys)
 
 
 def _starts(kind: str, seed: int, group: Group) -> tuple[jax.Array, ...]:
@@ -217,7 +212,7 @@ def stored(states: Any, starts: Any) -> Any:
 
 @jit()
 def _stored(states: Any, starts: Any) -> Any:
-    kept = flat.dtype_of(np.float32)
+    kept = beside.dtype_of(np.float32)
     return tuple(
         tuple(both(side, begin)[0].astype(kept) for side, begin in zip(*pairs, strict=True))
         for pairs in zip(states, starts, strict=True)
@@ -287,9 +282,8 @@ def _apply(params: Params, stats: Stats, context: Context) -> Params:
             raise InputError(UNLEARNED.format(name))
         if not np.asarray(seen[flat.LEFT]).size:
             continue
-        pair = [
-            np.asarray(seen[end]).astype(flat.dtype_of(params[name].dtype)) for end in (flat.LEFT, flat.RIGHT)
-        ]
+        kept = beside.dtype_of(params[name].dtype)
+        pair = [np.asarray(seen[end]).astype(kept) for end in (flat.LEFT, flat.RIGHT)]
         w = flat.absorbed(params[name], *(flat.inverse(m) for m in pair))
         changed[name] = np.asarray(w.astype(params[name].dtype))
         changed |= dict(zip(flat.leaves(module), pair, strict=True))

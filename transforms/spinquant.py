@@ -83,7 +83,7 @@ class Term(NamedTuple):
 
 def rounded(format: Format | None, x: jax.Array) -> jax.Array:
     """`x [rows, n]` encoded and decoded; the error has the gradient of the largest magnitude of its block."""
-    return x if format is None else grown(format, x, lax.stop_gradient(format.fake(x)))
+    return x if format is None else grown(format, x, jnp.asarray(format.fake(x)))
 
 
 def turned(x: jax.Array, r: jax.Array | None) -> jax.Array:
