@@ -30,7 +30,7 @@ class Statistic(NamedTuple):
       of: what each token adds, from inputs float32 `[tokens, in]`: `[tokens, ...]`; None where that would
         be too much to hold.
       reduce: how tokens, batches and devices become one; "join" keeps rows, at most `ROWS`.
-      whole: of all tokens at once, where `of` is None.
+      whole: of all tokens at once in the dtype that they have, where `of` is None.
     """
 
     of: Callable[[jax.Array], jax.Array] | None
@@ -38,23 +38,25 @@ class Statistic(NamedTuple):
     whole: Callable[[jax.Array], jax.Array] | None = None
 
     def take(self, x: jax.Array) -> jax.Array:
-        """Over all tokens of `x`, float32 `[tokens, in]`."""
+        """Over all tokens of `x [tokens, in]`."""
         if self.of is None:
             assert self.whole is not None
             return self.whole(x)
-        return {"max": jnp.max, "sum": jnp.sum}[self.reduce](self.of(x), axis=0)
+        return {"max": jnp.max, "sum": jnp.sum}[self.reduce](self.of(x.astype(jnp.float32)), axis=0)
 
     def take_groups(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Over each group of the rows of `x`, float32 `[tokens, in]`: `[groups, ...]`, zero for an empty one.
+        """Over each group of the rows of `x [tokens, in]`: `[groups, ...]`, zero for an empty one.
 
         Args:
           sizes: int32 `[groups]`; rows after the last group belong to none.
         """
         ids = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
         if self.of is None:
+            none = jnp.zeros((), x.dtype)
             return lax.map(
-                lambda g: self.take(jnp.where((ids == g)[:, None], x, 0.0)), jnp.arange(len(sizes))
+                lambda g: self.take(jnp.where((ids == g)[:, None], x, none)), jnp.arange(len(sizes))
             )
+        x = x.astype(jnp.float32)
         if self.reduce == "sum":
             return jax.ops.segment_sum(self.of(x), ids, len(sizes))
         return jnp.maximum(jax.ops.segment_max(self.of(x), ids, len(sizes)), 0)
@@ -80,9 +82,28 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.dot_general(x, y, dims, precision="highest", preferred_element_type=jnp.float32)
 
 
+def second_moments(x: jax.Array) -> jax.Array:
+    """sum over tokens of `x x^T`, float32 `[in, in]` of `[tokens, in]`: half is computed, half mirrored.
+
+    Products of bfloat16 are exact in float32, and a CPU adds them up at twice the speed of float32's.
+    """
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+    turned = lax.optimization_barrier(x.T)  # XLA would fold it into a product over first axes, which is slow
+    size = max(256, -(-x.shape[1] // 4))  # of a piece
+    starts = range(0, x.shape[1], size)
+    rows = [
+        jnp.matmul(
+            turned[c : c + size], x[:, : c + size], precision="highest", preferred_element_type=jnp.float32
+        )
+        for c in starts
+    ]
+    columns = [[below[:, c : c + size].T for below in rows[i + 1 :]] for i, c in enumerate(starts)]
+    return jnp.concatenate([jnp.concatenate([r, *c], 1) for r, c in zip(rows, columns, strict=True)])
+
+
 def _histogram(x: jax.Array) -> jax.Array:
     """Counts of |x| by size, int32 `[OCTAVES * BINS]`; zeros and what is smaller go to the first bin."""
-    place = (jnp.log2(jnp.abs(x)) + 40) * BINS
+    place = (jnp.log2(jnp.abs(x.astype(jnp.float32))) + 40) * BINS
     i = jnp.clip(jnp.nan_to_num(place, nan=0), 0, OCTAVES * BINS - 1).astype(jnp.int32)
     return jnp.zeros(OCTAVES * BINS, jnp.int32).at[i.reshape(-1)].add(1)
 
@@ -94,8 +115,10 @@ STATISTICS: Mapping[str, Statistic] = {
     "abssum": Statistic(jnp.abs, "sum"),  # [in]
     "count": Statistic(lambda x: jnp.ones(len(x), jnp.int32), "sum"),  # [], tokens
     "histogram": Statistic(None, "sum", _histogram),  # [OCTAVES * BINS], by size
-    "sample": Statistic(None, "join", lambda x: x[:: max(1, min(4, len(x) // 64))]),  # [rows, in]
-    "gram": Statistic(None, "sum", lambda x: product(x, x)),  # [in, in]
+    "sample": Statistic(
+        None, "join", lambda x: x[:: max(1, min(4, len(x) // 64))].astype(jnp.float32)
+    ),  # [rows, in]
+    "gram": Statistic(None, "sum", second_moments),  # [in, in]
     # of caches, `[2, kv_heads, head_dim]`: see `mojax.attention.statistics`
     "high": Statistic(lambda x: x, "max"),
     "low": Statistic(jnp.negative, "max"),
@@ -110,12 +133,12 @@ ENCODE = "@encode"  # ends the name of a weight whose statistics are those that 
 
 
 def rows_of(place: interpret.Place, x: jax.Array) -> jax.Array:
-    """`x`, the input of a place or something of its shape, as float32 `[*paired, tokens, in]`."""
+    """`x`, the input of a place or something of its shape, as `[*paired, tokens, in]`."""
     n = x.ndim
     axes = place.axes or (n - 1,)
     order = [*place.paired, *(d for d in range(n) if d not in (*place.paired, *axes)), *axes]
     width = math.prod(x.shape[d] for d in axes)
-    return x.transpose(order).reshape(*(x.shape[d] for d in place.paired), -1, width).astype(jnp.float32)
+    return x.transpose(order).reshape(*(x.shape[d] for d in place.paired), -1, width)
 
 
 def statistics(place: interpret.Place, needs: Iterable[str]) -> dict[str, jax.Array]:

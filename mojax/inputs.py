@@ -80,7 +80,7 @@ def observe(
     for module, block in encoded.rotated if a is not b else ():
         if (leader := module + ".weight") in a:
             rows, sizes = a[leader]
-            a[leader] = hadamard(rows, block=block, implementation="xla"), sizes
+            a[leader] = hadamard(rows.astype(jnp.float32), block=block, implementation="xla"), sizes
     b = b or a
     found: dict[str, dict[str, jax.Array]] = {}
     for leader, weights in groups:
@@ -93,11 +93,12 @@ def observe(
         if "seen_gram" in needs:
             values["seen_gram"] = _take("gram", after, after_sizes)
         if "drift" in needs and sizes is None and rows.ndim == 2:
-            values["drift"] = product(rows - after, after)
+            after = after.astype(jnp.float32)
+            values["drift"] = product(rows.astype(jnp.float32) - after, after)
         found[leader] = values
         for w in weights if "gram" in needs and tokens else ():
             # Rows of experts were sorted in another arithmetic there, so their tokens count alike.
-            weighed = rows * jnp.sqrt(tokens[w])[:, None] if sizes is None else rows
+            weighed = rows.astype(jnp.float32) * jnp.sqrt(tokens[w])[:, None] if sizes is None else rows
             found[OWN + w] = {"gram": _take("gram", weighed, sizes)}
     of_both = ({n: v for n, v in xs.items() if n in kept} for xs in (x_of, after_x))
     return found, (next(of_both), next(of_both))
@@ -110,7 +111,7 @@ def _inputs(
     x: Any,
     known: Mapping[str, jax.Array],
 ) -> tuple[dict[str, tuple[jax.Array, jax.Array | None]], dict[str, jax.Array]]:
-    """The inputs of some weights of a block, float32 `[tokens, in]`, and the sizes of groups, if any; and
+    """The inputs of some weights of a block, `[tokens, in]`, and the sizes of groups, if any; and
     as they are, where another run can go on from them."""
     turned = [module + ".weight" for module, _ in program.rotated]
     turned += [

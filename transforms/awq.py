@@ -8,7 +8,8 @@ divided by it. Of these the s with the least error of the outputs is taken:
   inputs   sum over sampled tokens  e A e^T,   e = (round(x / s) - x / s) s,   A = sum W^T W
   weights  tr(D H D^T),   D = round(W s) / s - W,   H = sum x x^T
 
-each per token, rounded as the formats of the scheme do. No scales is the first candidate.
+each per token, rounded as the formats of the scheme do. No scales is the first candidate. A part of the rows
+and of the tokens chooses the few that are judged on all of them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from mojax.transforms.base import (
 Objective = Literal["auto", "inputs", "weights", "both"]
 NEEDS = ("absmax", "abssum", "count", "sample", "gram")
 FARTHEST = 1e4  # from 1, of a scale: keeps it finite in any dtype
+ROWS = 256  # of a weight, about, and as many tokens, for a first look
+FINALISTS = 4  # and no scales
 
 
 class Reader(NamedTuple):
@@ -62,7 +65,7 @@ class Reader(NamedTuple):
 
 
 def candidates(x: jax.Array, w: jax.Array, grid: int) -> jax.Array:
-    """Scales to try, float32 `[1 + 3 grid, in]`, all ones first.
+    """Scales to try, float32 `[3 grid - 2, in]` (one less for an odd grid), all ones first.
 
     Args:
       x: mean|X_j|, float32 `[in]`; w: the size of the columns, float32 `[in]`. Where one is 0, so that the
@@ -70,18 +73,17 @@ def candidates(x: jax.Array, w: jax.Array, grid: int) -> jax.Array:
     """
     live = (x > 0) & (w > 0)
     log_x, log_w = (jnp.log(jnp.where(live, v, 1.0)) for v in (x, w))
-    found = [jnp.zeros_like(log_x)]
-    for a in np.linspace(0, 1, grid).tolist():
-        found += [a * log_x - b * log_w for b in (0.0, a, 1 - a)]
-    logs = jnp.stack(found)
+    exponents = dict.fromkeys((a, b) for a in np.linspace(0, 1, grid).tolist() for b in (0.0, a, 1 - a))
+    logs = jnp.stack([a * log_x - b * log_w for a, b in exponents])
     mean = jnp.sum(jnp.where(live[None], logs, 0.0), 1) / jnp.maximum(jnp.sum(live), 1).astype(jnp.float32)
     far = float(np.log(FARTHEST))
     return jnp.exp(jnp.where(live[None], jnp.clip(logs - mean[:, None], -far, far), 0.0))
 
 
-@jit(static_argnums=(0,))
+@jit(static_argnums=(0, 1))
 def errors(
     readers: tuple[Reader, ...],
+    roughly: bool,
     weights: Sequence[jax.Array],
     scales: jax.Array,
     x: jax.Array,
@@ -91,6 +93,7 @@ def errors(
     """The objective of each of `scales [n, in]`, float32 `[n]`.
 
     Args:
+      roughly: by a part of the rows of weights and of inputs.
       weights: `[out, in]`, in the order of `readers`.
       x: some inputs, float32 `[tokens, in]`; absmax: float32 `[in]`, over all of them; gram: float32
         `[in, in]`, the mean of x x^T.
@@ -100,34 +103,44 @@ def errors(
         if reader.inputs and reader.scheme.inputs is not None:
             felt.setdefault(reader.scheme.inputs, []).append(w)
     grams = {format: gram_of(ws) for format, ws in felt.items()}
+    x = x[:: _every(len(x), roughly)]
 
     def error(s: jax.Array) -> jax.Array:
         total = jnp.float32(0)
         for format, a in grams.items():
             plain, q = rounded(format, x / s[None], jnp.max(absmax / s), weights[0].dtype)
             total = total + cost((q - plain) * s[None], a) / len(x)
-        for w, q in zip(weights, _nearest(readers, weights, s), strict=True):
-            if q is not None:
-                d = q / s[None] - w.astype(jnp.float32)
-                total = total + jnp.sum(product(d, gram) * d)
+        for reader, w, top in zip(readers, weights, _tops(readers, weights, s), strict=True):
+            if reader.weights:
+                part = w[:: _every(len(w), roughly)]
+                d = _nearest(reader.scheme.weights, part, s, top) / s[None] - part.astype(jnp.float32)
+                total = total + jnp.sum(product(d, gram) * d) * (len(w) / len(part))
         return total
 
     return lax.map(error, scales)
 
 
-def _nearest(readers: Sequence[Reader], weights: Sequence[jax.Array], s: jax.Array) -> list[jax.Array | None]:
-    """W s rounded to nearest, float32, for readers whose own error counts."""
-    moved = [(w.astype(jnp.float32) * s[None]).astype(w.dtype) for w in weights]
-    tops: dict[int, jax.Array] = {}
-    for reader, w in zip(readers, moved, strict=True):
-        top = jnp.max(jnp.abs(w)).astype(jnp.float32)
-        tops[reader.group] = jnp.maximum(tops.get(reader.group, top), top)
-    found: list[jax.Array | None] = []
-    for reader, w in zip(readers, moved, strict=True):
-        format = reader.scheme.weights
-        outer = format.outer(tops[reader.group], np.dtype(w.dtype)) if format.static else None
-        found.append(jnp.asarray(format.decode(format.encode(w, outer))) if reader.weights else None)
-    return found
+def _every(rows: int, roughly: bool) -> int:
+    return max(1, rows // ROWS) if roughly else 1
+
+
+def _moved(w: jax.Array, s: jax.Array) -> jax.Array:
+    return (w.astype(jnp.float32) * s).astype(w.dtype)
+
+
+def _tops(readers: Sequence[Reader], weights: Sequence[jax.Array], s: jax.Array) -> list[jax.Array]:
+    """The largest magnitude in W s, of all weights that share their outer scale, float32 `[]`."""
+    # casts keep the order, so that the largest of a column is enough
+    own = [jnp.max(_moved(jnp.max(jnp.abs(w), axis=0), s)).astype(jnp.float32) for w in weights]
+    groups = [reader.group for reader in readers]
+    return [jnp.max(jnp.stack([t for t, g in zip(own, groups, strict=True) if g == mine])) for mine in groups]
+
+
+def _nearest(format: Format, w: jax.Array, s: jax.Array, top: jax.Array) -> jax.Array:
+    """W s rounded to nearest, float32."""
+    moved = _moved(w, s[None])
+    outer = format.outer(top, np.dtype(w.dtype)) if format.static else None
+    return jnp.asarray(format.decode(format.encode(moved, outer)))
 
 
 def awq(
@@ -200,15 +213,15 @@ def solve(
     sample = np.asarray(stats["sample"], np.float32)
     sample = sample[:: -(-len(sample) // rows)]
     gram = jnp.asarray(stats["gram"], jnp.float32) / tokens
-    found = errors(
-        readers,
-        weights,
-        jax.vmap(fold.spread)(tried),
-        jnp.asarray(sample),
-        jnp.asarray(stats["absmax"]),
-        gram,
-    )
-    found = np.where(np.isfinite(found), np.asarray(found), np.inf)
+
+    def judged(roughly: bool, tried: jax.Array) -> np.ndarray:
+        spread, top = jax.vmap(fold.spread)(tried), jnp.asarray(stats["absmax"])
+        found = np.asarray(errors(readers, roughly, weights, spread, jnp.asarray(sample), top, gram))
+        return np.where(np.isfinite(found), found, np.inf)
+
+    likely = np.argsort(judged(True, tried)[1:], kind="stable")[:FINALISTS] + 1
+    tried = tried[np.array([0, *sorted(likely)])]
+    found = judged(False, tried)
     best = int(np.argmin(found))
     return tried[best], float(found[0]), float(found[best])
 
