@@ -233,8 +233,10 @@ class Format:
         if "inner" not in scales:
             return jnp.asarray(scales["outer"]).reshape(1, 1, 1)
         inner = jnp.asarray(scales["inner"])[..., None]
-        factors = jnp.concatenate([jnp.ones(1, jnp.float32), jnp.linspace(low, high, count - 1)])
-        return self.rescaled({**scales, "inner": inner}, factors.reshape((1,) * (inner.ndim - 1) + (-1,)))
+        factors = np.array([1, *np.linspace(low, high, count - 1)], np.float32)
+        return self.rescaled(
+            {**scales, "inner": inner}, jnp.asarray(factors.reshape((1,) * (inner.ndim - 1) + (-1,)))
+        )
 
     def encode(self, w: Array, outer: Array | None = None) -> QTensor:
         """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own.
