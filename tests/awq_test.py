@@ -17,7 +17,7 @@ from mojax.formats.fp8 import FP8
 from mojax.formats.int4 import INT4
 from mojax.formats.nvfp4 import NVFP4
 from mojax.recipe import load_recipe
-from mojax.transforms.awq import Reader, awq, candidates, errors
+from mojax.transforms.awq import Reader, awq, candidates, errors, solve
 from mojax.transforms.base import Context, Fold, folds
 from mojax.transforms.smoothquant import smoothquant
 
@@ -175,6 +175,41 @@ def test_the_inputs_objective_is_the_error_of_the_outputs_under_a_static_scale()
     np.testing.assert_allclose(
         found, np.sum(np.square((q * np.asarray(s) - np.asarray(x)) @ np.asarray(w).T)) / 50, rtol=1e-3
     )
+
+
+def test_a_first_look_takes_a_part_of_the_rows_under_the_outer_scale_of_all():
+    w = jnp.repeat(jnp.asarray(RNG.standard_normal((256, 32)), jnp.bfloat16), 4, axis=0)
+    x = jnp.repeat(jnp.asarray(RNG.standard_normal((256, 32)), jnp.float32), 4, axis=0)
+    scales = jnp.asarray(np.exp(RNG.standard_normal((3, 32))), jnp.float32)
+    readers = (Reader(Scheme(NVFP4(), NVFP4()), 0, True, True),)
+    args = ([w], scales, x, jnp.max(jnp.abs(x), 0), x.T @ x / len(x))
+    rough, exact = (np.asarray(errors(readers, roughly, *args)) for roughly in (True, False))
+    np.testing.assert_allclose(rough, exact, rtol=1e-5)  # every fourth row of fours is all there is
+    other = args[0][0].at[1::4].multiply(2)  # the first look sees it in the outer scale alone
+    again = np.asarray(errors(readers, True, [other], *args[1:]))
+    assert (again != rough).any() and not np.allclose(errors(readers, False, [other], *args[1:]), again)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(INT4(group=32)), Scheme(NVFP4(), NVFP4())], ids=["int4", "nvfp4"])
+def test_the_best_of_a_first_look_are_judged_by_everything(scheme):
+    w = (jnp.asarray(RNG.standard_normal((1024, 64)), jnp.bfloat16),)
+    x = RNG.standard_normal((2048, 64)).astype(np.float32) * np.exp(RNG.standard_normal(64)).astype(
+        np.float32
+    )
+    gram, top = x.T @ x, np.abs(x).max(0)
+    stats = {"count": 2048, "abssum": np.abs(x).sum(0), "absmax": top, "sample": x, "gram": gram}
+    fold = Fold("up.weight", ("down.weight",))
+    readers = (Reader(scheme, 0, scheme.inputs is not None, True),)
+    s, before, after = solve(fold, readers, w, stats, 11, 2048)
+
+    def exact(scales):
+        return np.asarray(errors(readers, False, w, scales, x, top, gram / 2048))
+
+    square = jnp.sqrt(jnp.mean(jnp.square(w[0].astype(jnp.float32)), 0))
+    every = exact(candidates(jnp.asarray(np.abs(x).mean(0)), square, 11))
+    np.testing.assert_allclose([before, after], [every[0], exact(s[None])[0]], rtol=1e-5)
+    assert after <= every[0] and after < 1.002 * every.min()
+    assert every.min() < 0.98 * every[0]
 
 
 def test_an_input_that_nobody_saw_is_not_scaled():

@@ -39,6 +39,16 @@ def recipe(base, steps, draws=0, **rules):
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("width", [24, 256, 300, 1100])
+def test_second_moments(dtype, width):
+    x = jnp.asarray(np.random.default_rng(width).standard_normal((96, width)), dtype)
+    found = np.asarray(calibration.second_moments(x))
+    wide = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found, wide.T @ wide, rtol=1e-5, atol=1e-4)
+    assert found.dtype == np.float32 and (found == found.T).all()
+
+
 def seen_by(model, todo, tokens):
     """What every call of the encoding steps sees, in order."""
     calls = []

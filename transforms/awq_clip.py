@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mojax.errors import InputError
 from mojax.matrices import Matrix, Solved, encode, unchanged
-from mojax.rounding.scales import candidates, cost, local, search
+from mojax.rounding.scales import cost, local, search
 from mojax.transforms.base import Context, Params, Stats, Transform
 
 
@@ -46,5 +46,5 @@ def solve(m: Matrix, *, low: float, count: int) -> Solved:
         return unchanged(m, "no calibration token reached it, so nothing is clipped")
     w, blocks = jnp.asarray(m.w), m.format.step(m.scales).shape[-1]
     h = local(jnp.asarray(m.stats["gram"], jnp.float32), blocks)
-    scales = search(m.format, w, m.scales, candidates(m.format, m.scales, low, 1.0, count), h)
+    scales = search(m.format, w, m.scales, m.format.candidates(m.scales, low, 1.0, count), h)
     return Solved(scales, None, cost(m.format, w, m.scales, h), cost(m.format, w, scales, h))

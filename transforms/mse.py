@@ -13,7 +13,7 @@ import numpy as np
 
 from mojax.errors import InputError
 from mojax.matrices import Matrix, Solved, encode, unchanged
-from mojax.rounding.scales import candidates, cost, search
+from mojax.rounding.scales import cost, search
 from mojax.transforms.base import Context, Params, Stats, Transform
 
 
@@ -48,7 +48,7 @@ def solve(m: Matrix, *, low: float, high: float, count: int, weighted: bool) -> 
     seen = weighted and m.tokens > 0
     importance = jnp.asarray(m.stats["sumsq"], jnp.float32) / np.float32(m.tokens) if seen else None
     w = jnp.asarray(m.w)
-    scales = search(m.format, w, m.scales, candidates(m.format, m.scales, low, high, count), importance)
+    scales = search(m.format, w, m.scales, m.format.candidates(m.scales, low, high, count), importance)
     before, after = (cost(m.format, w, s, importance) for s in (m.scales, scales))
     note = "no calibration token reached it, so columns count alike" if weighted and not seen else ""
     return Solved(scales, None, before, after, note)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from mojax.matrices import Matrix, Solved, encode, unchanged
-from mojax.rounding.scales import candidates, cost, search
+from mojax.rounding.scales import cost, search
 from mojax.transforms.base import Context, Params, Stats, Transform
 
 LOW, HIGH, MOST = 0.8, 1.75, 24  # the window, and more candidates than it holds
@@ -31,5 +31,5 @@ def solve(m: Matrix) -> Solved:
     if "inner" not in m.scales or m.scales["inner"].dtype.itemsize > 1:
         return unchanged(m, f"{m.format.label} has no codes for scales to sweep: mse searches those it has")
     w = jnp.asarray(m.w)
-    scales = search(m.format, w, m.scales, candidates(m.format, m.scales, LOW, HIGH, MOST))
+    scales = search(m.format, w, m.scales, m.format.candidates(m.scales, LOW, HIGH, MOST))
     return Solved(scales, None, cost(m.format, w, m.scales), cost(m.format, w, scales))

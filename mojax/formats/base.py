@@ -232,11 +232,12 @@ class Format:
         """
         if "inner" not in scales:
             return jnp.asarray(scales["outer"]).reshape(1, 1, 1)
+        return _candidates(self, scales, jnp.append(1.0, jnp.linspace(low, high, count - 1)))
+
+    def around(self, scales: dict[str, Any], factors: jax.Array) -> jax.Array:
+        """`candidates` at factors float32 `[count]`: 1, then from the window's low end to its high end."""
         inner = jnp.asarray(scales["inner"])[..., None]
-        factors = np.array([1, *np.linspace(low, high, count - 1)], np.float32)
-        return self.rescaled(
-            {**scales, "inner": inner}, jnp.asarray(factors.reshape((1,) * (inner.ndim - 1) + (-1,)))
-        )
+        return self.rescaled({**scales, "inner": inner}, factors.reshape((1,) * (inner.ndim - 1) + (-1,)))
 
     def encode(self, w: Array, outer: Array | None = None) -> QTensor:
         """Round to nearest. `w` is `[..., in]` in the checkpoint's dtype; `outer` from `self.outer`, or own.
@@ -317,6 +318,11 @@ def _outer(format: Format, amax: jax.Array, dtype: np.dtype) -> jax.Array:
     # A scale that the file held in the checkpoint's dtype may come back from its maximum a unit off.
     whole = narrow(outer, dtype)
     return jnp.where(jnp.abs(whole - outer) <= jnp.abs(outer) * 2.0**-21, whole, outer)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _candidates(format: Format, scales: dict[str, jax.Array], factors: jax.Array) -> jax.Array:
+    return format.around(scales, factors)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)

@@ -71,7 +71,7 @@ class MXFP4(Format):
     def rescaled(self, scales: dict[str, Any], factor: jax.Array) -> jax.Array:
         return moved_exponents(scales["inner"], factor)
 
-    def candidates(self, scales: dict[str, Any], low: float, high: float, count: int) -> jax.Array:
+    def around(self, scales: dict[str, Any], factors: jax.Array) -> jax.Array:
         return near_exponents(scales["inner"])
 
     def factored(

@@ -136,7 +136,8 @@ class NVFP4(Format):
         inner = jnp.asarray(scales["inner"]).astype(jnp.float32) * factor
         return e4m3(jnp.maximum(inner, _SMALLEST))
 
-    def candidates(self, scales: dict[str, Any], low: float, high: float, count: int) -> jax.Array:
+    def around(self, scales: dict[str, Any], factors: jax.Array) -> jax.Array:
+        low, high, count = factors[1], factors[-1], len(factors)
         inner = jnp.asarray(scales["inner"])[..., None]
         now = inner.astype(jnp.float32)
         known = jnp.asarray(_POSITIVE)

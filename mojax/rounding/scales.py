@@ -71,13 +71,6 @@ def candidates(
     format: Format, scales: Scales, low: float, high: float, count: int, signed: bool = False
 ) -> jax.Array:
     """`format.candidates`, and the same negative where `signed` and the format's values are not symmetric."""
-    return _candidates(format, low, high, count, signed, scales)
-
-
-@jit(static_argnums=(0, 1, 2, 3, 4))
-def _candidates(
-    format: Format, low: float, high: float, count: int, signed: bool, scales: Scales
-) -> jax.Array:
     found = format.candidates(scales, low, high, count)
     if signed and getattr(format, "symmetric", False):  # integers, of which the lowest has no opposite
         return jnp.concatenate([found, -found], axis=-1)
