@@ -45,8 +45,8 @@ from mojax.transforms.base import (
 Objective = Literal["auto", "inputs", "weights", "both"]
 NEEDS = ("absmax", "abssum", "count", "sample", "gram")
 FARTHEST = 1e4  # from 1, of a scale: keeps it finite in any dtype
-ROWS = 256  # of a weight, about, and as many tokens, for a first look
-FINALISTS = 4  # and no scales
+ROWS = 256  # of a weight, and of the sampled inputs, about: for a first look
+FINALISTS = 4  # of it, beside no scales
 
 
 class Reader(NamedTuple):
