@@ -191,7 +191,8 @@ def test_a_first_look_takes_a_part_of_the_rows_under_the_outer_scale_of_all():
 
 
 @pytest.mark.parametrize("scheme", [Scheme(INT4(group=32)), Scheme(NVFP4(), NVFP4())], ids=["int4", "nvfp4"])
-def test_the_best_of_a_first_look_are_judged_by_everything(scheme):
+def test_the_best_of_a_first_look_are_judged_by_everything(scheme, monkeypatch):
+    monkeypatch.setattr("mojax.transforms.awq.LARGE", 2**20)
     w = (jnp.asarray(RNG.standard_normal((1024, 64)), jnp.bfloat16),)
     x = RNG.standard_normal((2048, 64)).astype(np.float32) * np.exp(RNG.standard_normal(64)).astype(
         np.float32

@@ -8,8 +8,8 @@ divided by it. Of these the s with the least error of the outputs is taken:
   inputs   sum over sampled tokens  e A e^T,   e = (round(x / s) - x / s) s,   A = sum W^T W
   weights  tr(D H D^T),   D = round(W s) / s - W,   H = sum x x^T
 
-each per token, rounded as the formats of the scheme do. No scales is the first candidate. A part of the rows
-and of the tokens chooses the few that are judged on all of them.
+each per token, rounded as the formats of the scheme do. No scales is the first candidate. Where weights are
+large, a part of the rows and of the tokens chooses the few that are judged on all of them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from mojax.transforms.base import (
 Objective = Literal["auto", "inputs", "weights", "both"]
 NEEDS = ("absmax", "abssum", "count", "sample", "gram")
 FARTHEST = 1e4  # from 1, of a scale: keeps it finite in any dtype
+LARGE = 2**28  # multiplications by H for a candidate: with more of them there is a first look
 ROWS = 256  # of a weight, and of the sampled inputs, about: for a first look
 FINALISTS = 4  # of it, beside no scales
 
@@ -219,8 +220,9 @@ def solve(
         found = np.asarray(errors(readers, roughly, weights, spread, jnp.asarray(sample), top, gram))
         return np.where(np.isfinite(found), found, np.inf)
 
-    likely = np.argsort(judged(True, tried)[1:], kind="stable")[:FINALISTS] + 1
-    tried = tried[np.array([0, *sorted(likely)])]
+    if sum(w.size * w.shape[1] for w in weights) > LARGE:
+        likely = np.argsort(judged(True, tried)[1:], kind="stable")[:FINALISTS] + 1
+        tried = tried[np.array([0, *sorted(likely)])]
     found = judged(False, tried)
     best = int(np.argmin(found))
     return tried[best], float(found[0]), float(found[best])
