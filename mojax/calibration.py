@@ -83,9 +83,9 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def second_moments(x: jax.Array) -> jax.Array:
-    """sum over tokens of `x x^T`, float32 `[in, in]` of `[tokens, in]`: half is computed, half mirrored.
+    """sum over tokens of `x x^T`, float32 `[in, in]` of `[tokens, in]`; the upper half is mirrored.
 
-    Products of bfloat16 are exact in float32, and a CPU adds them up at twice the speed of float32's.
+    Products of bfloat16 are exact in float32, and CPUs that have them add them up faster than float32's.
     """
     x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
     turned = lax.optimization_barrier(x.T)  # XLA would fold it into a product over first axes, which is slow

@@ -112,6 +112,7 @@ def apply(
 
 def _ids(found: Any) -> np.ndarray:
     """`found` as tokens, integers `[sequences, length]`."""
+    found = np.asarray(found) if hasattr(found, "shape") else found  # of any library
     shape, dtype = getattr(found, "shape", ()), getattr(found, "dtype", object)
     if len(shape) != 2 or not np.issubdtype(dtype, np.integer):
         what = f"{np.dtype(dtype)} {list(shape)}" if shape else type(found).__name__

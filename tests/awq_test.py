@@ -182,21 +182,25 @@ def test_a_first_look_takes_a_part_of_the_rows_under_the_outer_scale_of_all():
     x = jnp.repeat(jnp.asarray(RNG.standard_normal((256, 32)), jnp.float32), 4, axis=0)
     scales = jnp.asarray(np.exp(RNG.standard_normal((3, 32))), jnp.float32)
     readers = (Reader(Scheme(NVFP4(), NVFP4()), 0, True, True),)
-    args = ([w], scales, x, jnp.max(jnp.abs(x), 0), x.T @ x / len(x))
-    rough, exact = (np.asarray(errors(readers, roughly, *args)) for roughly in (True, False))
+    args = (scales, x, jnp.max(jnp.abs(x), 0), x.T @ x / len(x))
+    rough, exact = (np.asarray(errors(readers, roughly, [w], *args)) for roughly in (True, False))
     np.testing.assert_allclose(rough, exact, rtol=1e-5)  # every fourth row of fours is all there is
-    other = args[0][0].at[1::4].multiply(2)  # the first look sees it in the outer scale alone
-    again = np.asarray(errors(readers, True, [other], *args[1:]))
-    assert (again != rough).any() and not np.allclose(errors(readers, False, [other], *args[1:]), again)
+
+    readers = (readers[0]._replace(inputs=False),)
+    rough = np.asarray(errors(readers, True, [w], *args))
+    other = [w.at[1::4].multiply(3)]  # rows that the first look has in the outer scale alone
+    again, exact = (np.asarray(errors(readers, roughly, other, *args)) for roughly in (True, False))
+    assert (again != rough).any()
+    np.testing.assert_allclose(again, rough, rtol=0.1)
+    assert (exact > 2 * again).all()
 
 
 @pytest.mark.parametrize("scheme", [Scheme(INT4(group=32)), Scheme(NVFP4(), NVFP4())], ids=["int4", "nvfp4"])
 def test_the_best_of_a_first_look_are_judged_by_everything(scheme, monkeypatch):
     monkeypatch.setattr("mojax.transforms.awq.LARGE", 2**20)
-    w = (jnp.asarray(RNG.standard_normal((1024, 64)), jnp.bfloat16),)
-    x = RNG.standard_normal((2048, 64)).astype(np.float32) * np.exp(RNG.standard_normal(64)).astype(
-        np.float32
-    )
+    rng = np.random.default_rng(0)
+    w = (jnp.asarray(rng.standard_normal((1024, 64)), jnp.bfloat16),)
+    x = (rng.standard_normal((2048, 64)) * np.exp(rng.standard_normal(64))).astype(np.float32)
     gram, top = x.T @ x, np.abs(x).max(0)
     stats = {"count": 2048, "abssum": np.abs(x).sum(0), "absmax": top, "sample": x, "gram": gram}
     fold = Fold("up.weight", ("down.weight",))
@@ -209,7 +213,7 @@ def test_the_best_of_a_first_look_are_judged_by_everything(scheme, monkeypatch):
     square = jnp.sqrt(jnp.mean(jnp.square(w[0].astype(jnp.float32)), 0))
     every = exact(candidates(jnp.asarray(np.abs(x).mean(0)), square, 11))
     np.testing.assert_allclose([before, after], [every[0], exact(s[None])[0]], rtol=1e-5)
-    assert after <= every[0] and after < 1.002 * every.min()
+    assert after <= every[0] and after < 1.01 * every.min()
     assert every.min() < 0.98 * every[0]
 
 

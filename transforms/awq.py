@@ -45,7 +45,7 @@ from mojax.transforms.base import (
 Objective = Literal["auto", "inputs", "weights", "both"]
 NEEDS = ("absmax", "abssum", "count", "sample", "gram")
 FARTHEST = 1e4  # from 1, of a scale: keeps it finite in any dtype
-LARGE = 2**28  # multiplications by H for a candidate: with more of them there is a first look
+LARGE = 2**28  # sum of out in^2 of the readers: above it there is a first look
 ROWS = 256  # of a weight, and of the sampled inputs, about: for a first look
 FINALISTS = 4  # of it, beside no scales
 
@@ -113,8 +113,9 @@ def errors(
             total = total + cost((q - plain) * s[None], a) / len(x)
         for reader, w, top in zip(readers, weights, _tops(readers, weights, s), strict=True):
             if reader.weights:
-                part = w[:: _every(len(w), roughly)]
-                d = _nearest(reader.scheme.weights, part, s, top) / s[None] - part.astype(jnp.float32)
+                format = reader.scheme.weights
+                part = w[:: _every(len(w), roughly and format.block_rows == 1)]
+                d = _nearest(format, part, s, top) / s[None] - part.astype(jnp.float32)
                 total = total + jnp.sum(product(d, gram) * d) * (len(w) / len(part))
         return total
 
@@ -220,7 +221,7 @@ def solve(
         found = np.asarray(errors(readers, roughly, weights, spread, jnp.asarray(sample), top, gram))
         return np.where(np.isfinite(found), found, np.inf)
 
-    if sum(w.size * w.shape[1] for w in weights) > LARGE:
+    if len(tried) > 1 + FINALISTS and sum(w.size * w.shape[1] for w in weights) > LARGE:
         likely = np.argsort(judged(True, tried)[1:], kind="stable")[:FINALISTS] + 1
         tried = tried[np.array([0, *sorted(likely)])]
     found = judged(False, tried)

@@ -235,7 +235,10 @@ class Format:
         return _candidates(self, scales, jnp.append(1.0, jnp.linspace(low, high, count - 1)))
 
     def around(self, scales: dict[str, Any], factors: jax.Array) -> jax.Array:
-        """`candidates` at factors float32 `[count]`: 1, then from the window's low end to its high end."""
+        """`candidates` at factors float32 `[count]`: 1, then from the window's low end to its high end.
+
+        A format may look at the ends and the count alone, or at nothing.
+        """
         inner = jnp.asarray(scales["inner"])[..., None]
         return self.rescaled({**scales, "inner": inner}, factors.reshape((1,) * (inner.ndim - 1) + (-1,)))
 
