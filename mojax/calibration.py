@@ -133,7 +133,7 @@ ENCODE = "@encode"  # ends the name of a weight whose statistics are those that 
 
 
 def rows_of(place: interpret.Place, x: jax.Array) -> jax.Array:
-    """`x`, the input of a place or something of its shape, as `[*paired, tokens, in]`."""
+    """`x`, the input of a place or something of its shape, as `[*paired, tokens, in]` in its own dtype."""
     n = x.ndim
     axes = place.axes or (n - 1,)
     order = [*place.paired, *(d for d in range(n) if d not in (*place.paired, *axes)), *axes]
